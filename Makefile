@@ -1,0 +1,33 @@
+# make demo   trains, fine-tunes privately, samples and evaluates on the embedded data (offline)
+# make test   lints and tests
+PYTHON := .venv/bin/python
+RUN := runs/glyphs
+
+.PHONY: demo test clean
+
+.venv/installed: requirements.txt pyproject.toml
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -r requirements.txt pytest==9.2.0 ruff==0.17.6
+	touch $@
+
+test: .venv/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest
+
+demo: $(RUN)/eps1.npz $(RUN)/eps10.npz
+	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --steps 25 --grid $(RUN)/samples.png
+	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --epochs 6
+
+$(RUN)/%.npz: $(RUN)/private-%.pt
+	$(PYTHON) sample.py $< --npz $@ --count 2000 --steps 25
+
+$(RUN)/private-eps%.pt: $(RUN)/public.pt
+	$(PYTHON) train.py --stage private --eps $*
+
+$(RUN)/public.pt: | .venv/installed
+	$(PYTHON) train.py --stage public
+
+.PRECIOUS: $(RUN)/%.npz $(RUN)/private-eps%.pt $(RUN)/public.pt
+
+clean:
+	rm -rf runs data/cache
