@@ -1,0 +1,116 @@
+"""DP-SGD by hand (Abadi et al. 2016) on torch.func: the private step of DP-LDM.
+
+One logical step, with N examples, sample_rate q, noise multiplier sigma, clipping norm C:
+
+    B   = each example independently with probability q                        poisson_sample
+    g_i = gradient of example i's loss, averaged over its K noise draws        per_example_gradients
+    s   = sum over i in B of g_i * min(1, C / ||g_i||)                         clipped_gradient_sum
+    g   = (s + N(0, (sigma C)^2 I)) / (q N C)                                  noisy_gradient
+
+Adding or removing one example changes s by at most C, and nothing else: the step is one Poisson-subsampled
+Gaussian mechanism, which accountant.py composes. The divisor is the *expected* batch size q N, a constant:
+the actual size is private. Dividing by C as well makes the learning rate independent of C (De et al. 2022)
+and keeps the numbers far above Adam's epsilon.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.func import grad, vmap
+
+import accountant
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """Every number that the privacy of a run depends on. Sampler, noise and accountant read it from here.
+
+    Neighbouring data sets differ by one example, added or removed; N itself is taken to be public.
+    """
+    num_examples: int         # N
+    expected_batch: int       # q N
+    steps: int                # logical steps
+    noise_multiplier: float   # sigma, in units of max_grad_norm
+    max_grad_norm: float      # C
+    delta: float
+
+    @property
+    def sample_rate(self) -> float:
+        return self.expected_batch / self.num_examples
+
+    @property
+    def epsilon(self) -> float:
+        return accountant.epsilon(self.sample_rate, self.noise_multiplier, self.steps, self.delta)
+
+
+def make_plan(num_examples: int, expected_batch: int, epochs: float, max_grad_norm: float,
+              target_epsilon: float, delta: float) -> PrivacyPlan:
+    """The plan of about `epochs` passes over the data that spends at most (target_epsilon, delta).
+
+    Raises ValueError where no such plan exists.
+    """
+    if not 1 <= expected_batch <= num_examples:
+        raise ValueError(f"expected batch {expected_batch} must be from 1 to the number of examples, {num_examples}")
+    if not (epochs > 0 and math.isfinite(epochs)):
+        raise ValueError(f"epochs must be positive, not {epochs}")
+    if not (max_grad_norm > 0 and math.isfinite(max_grad_norm)):
+        raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm}")
+    steps = max(1, round(epochs * num_examples / expected_batch))
+    sigma = accountant.calibrate_noise(target_epsilon, delta, expected_batch / num_examples, steps)
+    return PrivacyPlan(num_examples, expected_batch, steps, sigma, max_grad_norm, delta)
+
+
+def secure_generator() -> np.random.Generator:
+    """A generator keyed with 128 bits of the operating system's entropy, for noise and batches.
+
+    Whoever knows the noise can subtract it, so it must not follow from a published seed. torch's own CPU
+    generator would not do: it uses 32 bits of its seed, few enough to try them all.
+    """
+    return np.random.default_rng()
+
+
+def poisson_sample(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
+    """Indices int [B] of one batch: every example with probability sample_rate; B varies and may be 0."""
+    return torch.from_numpy(np.flatnonzero(rng.random(plan.num_examples) < plan.sample_rate))
+
+
+def per_example_gradients(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...]) -> Tensors:
+    """Gradient of each example's loss: {name: [B, *shape of the parameter]}.
+
+    loss_fn(parameters, *example) -> scalar, where example is one row of every tensor of `batch` [B, ...].
+    """
+    return vmap(grad(loss_fn), in_dims=(None,) + (0,) * len(batch))(parameters, *batch)
+
+
+def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...],
+                         max_grad_norm: float, chunk: int) -> Tensors:
+    """sum_i g_i * min(1, C / ||g_i||), with the norm taken over all the parameters jointly.
+
+    At most `chunk` examples' gradients are in memory at a time. An empty batch sums to zero.
+    """
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if len(batch[0]) == 0:   # vmap refuses an empty batch
+        return total
+    for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
+        gradients = per_example_gradients(loss_fn, parameters, part)
+        squared_norms = sum(g.flatten(1).square().sum(dim=1) for g in gradients.values())
+        weights = (max_grad_norm / squared_norms.sqrt()).clamp(max=1.0)   # C/0 is inf, clamped to 1
+        for name, g in gradients.items():
+            total[name] += torch.tensordot(weights, g, dims=1)
+    return total
+
+
+def noisy_gradient(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...], plan: PrivacyPlan,
+                   chunk: int, rng: np.random.Generator) -> Tensors:
+    """The private gradient of one logical step, in units of C: all that an optimiser may see of `batch`."""
+    total = clipped_gradient_sum(loss_fn, parameters, batch, plan.max_grad_norm, chunk)
+    std = plan.noise_multiplier * plan.max_grad_norm
+    for s in total.values():
+        noise = torch.from_numpy(rng.standard_normal(s.shape, dtype=np.float32))
+        s += std * noise.to(s.device)
+    return {name: s / (plan.expected_batch * plan.max_grad_norm) for name, s in total.items()}
