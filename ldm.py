@@ -1,0 +1,189 @@
+"""Latent diffusion: noise schedule, training loss, DDIM sampling, class embedder, checkpoints.
+
+Symbols as in Ho et al. 2020 and Song et al. 2021: alphas_cumprod[t] is the signal power left at step t,
+    z_t = sqrt(alphas_cumprod[t]) z_0 + sqrt(1 - alphas_cumprod[t]) eps,   eps ~ N(0, I),
+and the network predicts eps from z_t. Latents are scaled to unit variance by `latent_scale`.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import atomic_write
+from unet import UNet
+from vae import AutoencoderKL, DiagonalGaussian
+
+
+def make_alphas_cumprod(linear_start: float, linear_end: float, timesteps: int = 1000) -> torch.Tensor:
+    """prod_{s<=t} (1 - beta_s), float64 [timesteps], for LDM's "linear" schedule: linear in sqrt(beta)."""
+    betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
+    return torch.from_numpy(np.cumprod(1.0 - betas))
+
+
+def q_sample(alphas_cumprod: torch.Tensor, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    """z_t ~ q(z_t | z_0) (Ho et al. 2020, eq. 4): z_0 and eps [B, C, h, w], t int [B] -> [B, C, h, w]."""
+    a = alphas_cumprod[t][:, None, None, None]
+    return a.sqrt() * z_0 + (1.0 - a).sqrt() * eps
+
+
+class ClassEmbedder(nn.Module):
+    """Class labels int [B] -> one context token each [B, 1, dim]. Row `num_classes` is the null class."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.null_class = num_classes
+        self.embedding = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        return self.embedding(labels)[:, None, :]
+
+
+class LatentDiffusion(nn.Module):
+    """The whole model: `vae`, `unet`, `embedder`, the noise schedule and the latent scale.
+
+    `architecture` (plain numbers, stored in checkpoints) has the keys vae and unet (the arguments of
+    AutoencoderKL and UNet), num_classes, linear_start and linear_end.
+    """
+
+    def __init__(self, architecture: dict):
+        super().__init__()
+        self.architecture = architecture
+        self.vae = AutoencoderKL(**architecture["vae"])
+        self.unet = UNet(**architecture["unet"])
+        self.embedder = ClassEmbedder(architecture["num_classes"], architecture["unet"]["context_dim"])
+        alphas_cumprod = make_alphas_cumprod(architecture["linear_start"], architecture["linear_end"])
+        self.register_buffer("alphas_cumprod", alphas_cumprod.float())
+        self.register_buffer("latent_scale", torch.tensor(1.0))
+
+    def latents(self, moments: torch.Tensor) -> torch.Tensor:
+        """Posterior moments [B, 2C, h, w] of the autoencoder -> freshly sampled scaled latents [B, C, h, w]."""
+        return DiagonalGaussian(moments).sample() * self.latent_scale
+
+    def forward(self, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Each example's loss mean((eps_hat(z_t, t, condition) - eps)^2) [B] (Ho et al. 2020, eq. 14).
+
+        z_0 and eps [B, C, h, w], t int [B], condition labels int [B]. No state, no randomness:
+        torch.func.functional_call(model, parameters, (z_0, t, eps, condition)) is the pure function
+        that per-example gradients need.
+        """
+        z_t = q_sample(self.alphas_cumprod, z_0, t, eps)
+        eps_hat = self.unet(z_t, t, self.embedder(condition))
+        return (eps_hat - eps).square().flatten(1).mean(dim=1)
+
+    @torch.inference_mode()
+    def generate(self, labels: torch.Tensor, steps: int, eta: float = 0.0, guidance: float = 1.0,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
+        """Images uint8 [B, H, W, channels] of the classes `labels` int [B], by `ddim_sample`.
+
+        guidance w moves the prediction from the null class towards the class (Ho and Salimans 2022):
+        eps_null + w (eps_class - eps_null); 1 is none and costs one network evaluation a step, not two.
+        """
+        size = self.architecture["vae"]["resolution"] // 2 ** (len(self.architecture["vae"]["ch_mult"]) - 1)
+        shape = (len(labels), self.architecture["unet"]["in_channels"], size, size)
+        context = self.embedder(labels)
+        null_context = self.embedder(torch.full_like(labels, self.embedder.null_class))
+
+        def noise():
+            return torch.randn(shape, generator=generator).to(labels.device)
+
+        def predict_eps(z_t, t):
+            eps_hat = self.unet(z_t, t, context)
+            if guidance == 1.0:
+                return eps_hat
+            eps_null = self.unet(z_t, t, null_context)
+            return eps_null + guidance * (eps_hat - eps_null)
+
+        z_0 = ddim_sample(predict_eps, self.alphas_cumprod, noise(), steps, eta, noise)
+        images = self.vae.decode(z_0 / self.latent_scale)
+        return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
+def ddim_timesteps(steps: int, total: int = 1000) -> list[int]:
+    """The `steps` increasing time steps that DDIM visits, for any 1 <= steps <= total (else ValueError).
+
+    Equal to the official 1, 1+total/steps, ... where steps divides total. Elsewhere the official code
+    returns another number of steps than asked for, or runs past the last one.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"sampling steps must be from 1 to {total}, not {steps}")
+    offset = 1 if steps < total else 0
+    return [i * total // steps + offset for i in range(steps)]
+
+
+def ddim_sample(predict_eps: Callable, alphas_cumprod: torch.Tensor, z_T: torch.Tensor, steps: int,
+                eta: float = 0.0, noise: Callable | None = None) -> torch.Tensor:
+    """z_0 from z_T [B, C, h, w] by DDIM (Song et al. 2021, eq. 12 and 16).
+
+    predict_eps(z_t, t int [B]) is the network; eta 0 is deterministic, 1 has DDPM's noise, for which
+    `noise()` returns [B, C, h, w] standard normal numbers.
+    """
+    timesteps = ddim_timesteps(steps, len(alphas_cumprod))
+    z_t = z_T
+    for i in reversed(range(steps)):
+        a_t = alphas_cumprod[timesteps[i]]
+        # As in the official code, the last step ends at the noise level of step 0, not at zero.
+        a_prev = alphas_cumprod[timesteps[i - 1] if i > 0 else 0]
+        sigma_t = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
+        eps_hat = predict_eps(z_t, torch.full((len(z_t),), timesteps[i], device=z_t.device))
+        z_0 = (z_t - (1 - a_t).sqrt() * eps_hat) / a_t.sqrt()
+        z_t = a_prev.sqrt() * z_0 + (1 - a_prev - sigma_t**2).sqrt() * eps_hat
+        if eta > 0:
+            z_t = z_t + sigma_t * noise()
+    return z_t
+
+
+class EMA:
+    """Exponential moving average of some parameters, counted in optimiser steps.
+
+    Early steps use the smaller decay (1 + step) / (10 + step), so that a short run forgets its start.
+    """
+
+    def __init__(self, parameters: dict[str, torch.Tensor], decay: float):
+        self.decay, self.step = decay, 0
+        self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, torch.Tensor]) -> None:
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.shadow.values()), [parameters[n].detach() for n in self.shadow], 1.0 - decay)
+
+
+def replace_embedder(model: LatentDiffusion, init_from: list[int] | None, num_classes: int) -> LatentDiffusion:
+    """A copy of `model` for other classes: new class k starts as public class init_from[k].
+
+    Without `init_from` every class starts as the mean of the public ones. The null class is kept.
+    Only public weights and public knowledge (the names of the classes) enter here.
+    """
+    new = copy.deepcopy(model)
+    new.architecture = {**model.architecture, "num_classes": num_classes}
+    old = model.embedder.embedding.weight.detach()
+    rows = old[init_from] if init_from is not None else old[:-1].mean(0).expand(num_classes, -1)
+    new.embedder = ClassEmbedder(num_classes, old.shape[1]).to(old.device)
+    new.embedder.embedding.weight.data.copy_(torch.cat([rows, old[-1:]]))
+    return new
+
+
+def save_checkpoint(path: Path, model: LatentDiffusion, **facts) -> None:
+    """Write model and facts (plain values) atomically; load_checkpoint reads them."""
+    with atomic_write(path) as file:
+        torch.save({"architecture": model.architecture, "model": model.state_dict(), **facts}, file)
+
+
+def load_checkpoint(path: Path) -> tuple[LatentDiffusion, dict]:
+    """The model in `path` and all that is stored beside it. ValueError if it is no such checkpoint."""
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint {path} does not exist; train it first with train.py")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        model = LatentDiffusion(content["architecture"])
+        model.load_state_dict(content["model"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {path} is damaged or of another program: {reason}") from error
+    return model.eval(), content
