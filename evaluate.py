@@ -1,0 +1,110 @@
+"""How useful are the samples? Train a small classifier on them and test it on real images.
+
+    python evaluate.py eps1.npz eps10.npz --real digits --ceiling
+    python evaluate.py eps10.npz --real mnist --data-dir data/mnist
+
+Every .npz (of sample.py) trains --seeds classifiers. Which epoch's weights are kept is decided on a held-out
+tenth of the *synthetic* images; the real test images are used once, for the number that is reported.
+"""
+
+import argparse
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import trange
+
+import data
+from train import lr_at, one_line_errors, to_pixels
+
+
+def make_classifier(channels: int, classes: int) -> nn.Module:
+    """A CNN of three strided convolutions: images [B, channels, H, W] -> logits [B, classes]."""
+    layers = []
+    for before, after in ((channels, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, classes))
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    model.eval()
+    hits = sum((model(a).argmax(1) == b).sum().item() for a, b in zip(x.split(1_000), y.split(1_000), strict=True))
+    return hits / len(y)
+
+
+def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: int, device: str,
+                   batch: int = 64) -> float:
+    """Accuracy on `test` of a classifier trained on nine tenths of `train`, chosen on the last tenth."""
+    torch.manual_seed(seed)
+    x, y = to_pixels(train.images, device), torch.from_numpy(train.labels).to(device)
+    order = torch.randperm(len(y), device=device)
+    held_out, kept = order[:len(y) // 10], order[len(y) // 10:]
+    model = make_classifier(x.shape[1], len(train.classes)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    steps, step, best, best_weights = epochs * -(-len(kept) // batch), 0, -1.0, None
+    for _ in trange(epochs, desc=f"classifier, seed {seed}", leave=False):
+        model.train()
+        for chosen in kept[torch.randperm(len(kept), device=device)].split(batch):
+            dy, dx = torch.randint(-2, 3, (2,)).tolist()   # small random shifts, as digits are centred by hand
+            loss = F.cross_entropy(model(x[chosen].roll((dy, dx), (2, 3))), y[chosen], label_smoothing=0.1)
+            optimizer.param_groups[0]["lr"] = 2e-3 * lr_at(step, steps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+        score = accuracy(model, x[held_out], y[held_out])
+        if score >= best:
+            best, best_weights = score, {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(best_weights)
+    return accuracy(model, to_pixels(test.images, device), torch.from_numpy(test.labels).to(device))
+
+
+def load_synthetic(path: Path, classes: list[str]) -> data.Dataset:
+    """The images and labels of an .npz of sample.py. ValueError if it is not one or does not fit."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            dataset = data.Dataset(arrays["images"], arrays["labels"].astype(np.int64), classes)
+    except (OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz of images and labels: {error}") from error
+    if dataset.images.dtype != np.uint8 or dataset.images.ndim != 4 or len(dataset.labels) < 10:
+        raise ValueError(f"{path} must hold at least 10 uint8 images [n, H, W, C]")
+    if dataset.labels.min() < 0 or dataset.labels.max() >= len(classes):
+        raise ValueError(f"{path} has labels outside 0 ... {len(classes) - 1}, the classes of the real data")
+    return dataset
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("synthetic", nargs="*", type=Path, help=".npz files of sample.py")
+    parser.add_argument("--real", default="digits", help="digits (default), mnist, or a folder or zip of images")
+    parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
+    parser.add_argument("--ceiling", action="store_true", help="also train on the real training images")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="classifiers per data set (default 3)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if not args.synthetic and not args.ceiling:
+        raise ValueError("nothing to do: give .npz files of sample.py, or --ceiling")
+    if args.seeds < 1 or args.epochs < 1:
+        raise ValueError("--seeds and --epochs must be at least 1")
+
+    test = data.load(args.real, "test", args.data_dir)
+    sources = [(path.stem, load_synthetic(path, test.classes)) for path in args.synthetic]
+    if args.ceiling:
+        sources.append((f"real {args.real}", data.load(args.real, "train", args.data_dir)))
+    print(f"{'training images':<24}{'number':>8}   accuracy on {len(test.labels):,} real test images, {args.seeds} seeds")
+    for name, train in sources:
+        if train.images.shape[1:] != test.images.shape[1:]:
+            raise ValueError(f"{name}: images of shape {train.images.shape[1:]}, real ones {test.images.shape[1:]}")
+        scores = [train_and_test(train, test, seed, args.epochs, args.device) for seed in range(args.seeds)]
+        spread = np.std(scores, ddof=1) if args.seeds > 1 else 0.0
+        print(f"{name:<24}{len(train.labels):>8,}   {np.mean(scores):7.2%} +- {spread:.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

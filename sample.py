@@ -1,0 +1,92 @@
+"""Sample images from checkpoints of train.py: a labelled PNG grid, or an .npz of images and labels.
+
+    python sample.py runs/glyphs/private-eps1.pt --grid digits.png
+    python sample.py runs/glyphs/private-eps1.pt --npz digits.npz --count 10000
+    python sample.py PUBLIC.pt EPS10.pt EPS1.pt --real digits --grid figure.png     # side by side
+
+Sampling is post-processing: it reads only the checkpoint and costs no privacy, however many images are drawn.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from ldm import LatentDiffusion, load_checkpoint
+from train import one_line_errors
+
+
+def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, guidance: float,
+           seed: int, batch: int = 500) -> np.ndarray:
+    """Images uint8 [N, H, W, C] of the classes `labels` int [N]; the same for the same seed and machine."""
+    device = model.latent_scale.device
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    with tqdm(total=len(labels), desc="sampling", unit="image") as progress:
+        for part in np.array_split(labels, max(1, -(-len(labels) // batch))):
+            classes = torch.from_numpy(part).to(device)
+            images.append(model.generate(classes, steps, eta, guidance, generator).cpu().numpy())
+            progress.update(len(part))
+    return np.concatenate(images)
+
+
+def uniform_labels(count: int, classes: int) -> np.ndarray:
+    """`count` labels, as evenly spread as can be. The private class counts would be a leak; nobody needs them."""
+    return np.arange(count) % classes
+
+
+def grid_panel(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[str, np.ndarray, list[str]]:
+    """Title, samples [rows, columns, H, W, C] and row names of one checkpoint, for data.save_grid."""
+    model, facts = load_checkpoint(path)
+    names = facts["classes"][:10]
+    labels = np.repeat(np.arange(len(names)), args.columns)
+    images = sample(model.to(device), labels, args.steps, args.eta, args.guidance, args.seed)
+    title = f"eps = {facts['config']['eps']:g}" if "privacy" in facts else "public only"
+    return title, images.reshape(len(names), args.columns, *images.shape[1:]), names
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint files of train.py")
+    parser.add_argument("--grid", type=Path, help="write this PNG: samples by class, the checkpoints side by side")
+    parser.add_argument("--npz", type=Path, help="write this .npz: images uint8 [n, H, W, C], labels int64 [n]")
+    parser.add_argument("--count", type=int, default=10_000, help="images in the .npz (default 10000)")
+    parser.add_argument("--real", help="first panel of the grid: real images (letters, digits, mnist, a folder or zip)")
+    parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
+    parser.add_argument("--columns", type=int, default=10, help="images per class in the grid (default 10)")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM, 1: DDPM's noise (default 0)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if not args.grid and not args.npz:
+        raise ValueError("nothing to do: give --grid FILE.png or --npz FILE.npz")
+    if args.npz and (len(args.checkpoints) != 1 or args.count < 1):
+        raise ValueError("--npz takes one checkpoint and a --count of at least 1")
+    if not 0.0 <= args.eta <= 1.0 or args.columns < 1:
+        raise ValueError("--eta must be from 0 to 1 and --columns at least 1")
+
+    if args.npz:
+        model, facts = load_checkpoint(args.checkpoints[0])
+        labels = uniform_labels(args.count, len(facts["classes"]))
+        images = sample(model.to(args.device), labels, args.steps, args.eta, args.guidance, args.seed)
+        data.save_arrays(args.npz, images=images, labels=labels)
+        print(f"wrote {args.count:,} images to {args.npz}")
+    if args.grid:
+        panels = []
+        if args.real:
+            vae = load_checkpoint(args.checkpoints[0])[1]["architecture"]["vae"]
+            real = data.load(args.real, "train", args.data_dir, vae["resolution"], vae["in_channels"])
+            panels.append(("real", *data.rows_by_class(real, args.columns)))
+        panels += [grid_panel(path, args, torch.device(args.device)) for path in args.checkpoints]
+        data.save_grid(args.grid, panels)
+        print(f"wrote {args.grid}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
