@@ -98,8 +98,8 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
         return total
     for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
         gradients = per_example_gradients(loss_fn, parameters, part)
-        squared_norms = sum(g.flatten(1).square().sum(dim=1) for g in gradients.values())
-        weights = (max_grad_norm / squared_norms.sqrt()).clamp(max=1.0)   # C/0 is inf, clamped to 1
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+        weights = (max_grad_norm / norms).clamp(max=1.0)   # C/0 is inf, clamped to 1
         for name, g in gradients.items():
             total[name] += torch.tensordot(weights, g, dims=1)
     return total

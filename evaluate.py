@@ -7,7 +7,6 @@ Every .npz (of sample.py) trains --seeds classifiers. Which epoch's weights are 
 tenth of the *synthetic* images; the real test images are used once, for the number that is reported.
 """
 
-import argparse
 import zipfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import nn
 from tqdm import trange
 
 import data
-from train import lr_at, one_line_errors, to_pixels
+from train import Parser, find_device, lr_at, one_line_errors, to_pixels
 
 
 def make_classifier(channels: int, classes: int) -> nn.Module:
@@ -36,14 +35,14 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return hits / len(y)
 
 
-def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: int, device: str,
+def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: int, device: torch.device,
                    batch: int = 64) -> float:
     """Accuracy on `test` of a classifier trained on nine tenths of `train`, chosen on the last tenth."""
     torch.manual_seed(seed)
     x, y = to_pixels(train.images, device), torch.from_numpy(train.labels).to(device)
     order = torch.randperm(len(y), device=device)
     held_out, kept = order[:len(y) // 10], order[len(y) // 10:]
-    model = make_classifier(x.shape[1], len(train.classes)).to(device)
+    model = make_classifier(x.shape[1], len(test.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     steps, step, best, best_weights = epochs * -(-len(kept) // batch), 0, -1.0, None
     for _ in trange(epochs, desc=f"classifier, seed {seed}", leave=False):
@@ -63,46 +62,47 @@ def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: i
     return accuracy(model, to_pixels(test.images, device), torch.from_numpy(test.labels).to(device))
 
 
-def load_synthetic(path: Path, classes: list[str]) -> data.Dataset:
-    """The images and labels of an .npz of sample.py. ValueError if it is not one or does not fit."""
+def load_synthetic(path: Path) -> data.Dataset:
+    """The images and labels of an .npz of sample.py; ValueError if it is not one."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            dataset = data.Dataset(arrays["images"], arrays["labels"].astype(np.int64), classes)
-    except (OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            images, labels = arrays["images"], arrays["labels"].astype(np.int64)
+    except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no .npz of images and labels: {error}") from error
-    if dataset.images.dtype != np.uint8 or dataset.images.ndim != 4 or len(dataset.labels) < 10:
-        raise ValueError(f"{path} must hold at least 10 uint8 images [n, H, W, C]")
-    if dataset.labels.min() < 0 or dataset.labels.max() >= len(classes):
-        raise ValueError(f"{path} has labels outside 0 ... {len(classes) - 1}, the classes of the real data")
-    return dataset
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.ndim != 1 or len(labels) < 10 or labels.min() < 0:
+        raise ValueError(f"{path} must hold uint8 images [n, H, W, C] and labels [n] from 0 up, at least 10 of them")
+    return data.Dataset(images, labels, [])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("synthetic", nargs="*", type=Path, help=".npz files of sample.py")
     parser.add_argument("--real", default="digits", help="digits (default), mnist, or a folder or zip of images")
     parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
     parser.add_argument("--ceiling", action="store_true", help="also train on the real training images")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default 10)")
     parser.add_argument("--seeds", type=int, default=3, help="classifiers per data set (default 3)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto (default)")
     args = parser.parse_args(argv)
     if not args.synthetic and not args.ceiling:
         raise ValueError("nothing to do: give .npz files of sample.py, or --ceiling")
     if args.seeds < 1 or args.epochs < 1:
         raise ValueError("--seeds and --epochs must be at least 1")
 
-    test = data.load(args.real, "test", args.data_dir)
-    sources = [(path.stem, load_synthetic(path, test.classes)) for path in args.synthetic]
+    device = find_device(args.device)
+    sources = [(path.stem, load_synthetic(path)) for path in args.synthetic]
+    _, size, _, channels = sources[0][1].images.shape if sources else (0, 32, 32, 1)
+    test = data.load(args.real, "test", args.data_dir, size, channels)
     if args.ceiling:
-        sources.append((f"real {args.real}", data.load(args.real, "train", args.data_dir)))
-    print(f"{'training images':<24}{'number':>8}   accuracy on {len(test.labels):,} real test images, {args.seeds} seeds")
+        sources.append((f"real {args.real}", data.load(args.real, "train", args.data_dir, size, channels)))
     for name, train in sources:
-        if train.images.shape[1:] != test.images.shape[1:]:
-            raise ValueError(f"{name}: images of shape {train.images.shape[1:]}, real ones {test.images.shape[1:]}")
-        scores = [train_and_test(train, test, seed, args.epochs, args.device) for seed in range(args.seeds)]
+        if train.images.shape[1:] != test.images.shape[1:] or train.labels.max() >= len(test.classes):
+            raise ValueError(f"{name} has other image sizes or more classes than the real images of {args.real}")
+    print(f"{'training images':<24}{'number':>8}   accuracy on {len(test.labels):,} real test images")
+    for name, train in sources:
+        scores = [train_and_test(train, test, seed, args.epochs, device) for seed in range(args.seeds)]
         spread = np.std(scores, ddof=1) if args.seeds > 1 else 0.0
-        print(f"{name:<24}{len(train.labels):>8,}   {np.mean(scores):7.2%} +- {spread:.2%}", flush=True)
+        print(f"{name:<24}{len(train.labels):>8,}   {np.mean(scores):.2%} +- {spread:.2%} ({args.seeds} seeds)")
 
 
 if __name__ == "__main__":

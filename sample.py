@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 import data
-from ldm import LatentDiffusion, load_checkpoint
-from train import one_line_errors
+from ldm import LatentDiffusion, ddim_timesteps, load_checkpoint
+from train import Parser, find_device, one_line_errors
 
 
 def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, guidance: float,
@@ -38,18 +38,18 @@ def uniform_labels(count: int, classes: int) -> np.ndarray:
     return np.arange(count) % classes
 
 
-def grid_panel(path: Path, args: argparse.Namespace, device: torch.device) -> tuple[str, np.ndarray, list[str]]:
+def grid_panel(path: Path, args: argparse.Namespace) -> tuple[str, np.ndarray, list[str]]:
     """Title, samples [rows, columns, H, W, C] and row names of one checkpoint, for data.save_grid."""
     model, facts = load_checkpoint(path)
     names = facts["classes"][:10]
     labels = np.repeat(np.arange(len(names)), args.columns)
-    images = sample(model.to(device), labels, args.steps, args.eta, args.guidance, args.seed)
+    images = sample(model.to(args.device), labels, args.steps, args.eta, args.guidance, args.seed)
     title = f"eps = {facts['config']['eps']:g}" if "privacy" in facts else "public only"
     return title, images.reshape(len(names), args.columns, *images.shape[1:]), names
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint files of train.py")
     parser.add_argument("--grid", type=Path, help="write this PNG: samples by class, the checkpoints side by side")
     parser.add_argument("--npz", type=Path, help="write this .npz: images uint8 [n, H, W, C], labels int64 [n]")
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM, 1: DDPM's noise (default 0)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto (default)")
     args = parser.parse_args(argv)
     if not args.grid and not args.npz:
         raise ValueError("nothing to do: give --grid FILE.png or --npz FILE.npz")
@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--npz takes one checkpoint and a --count of at least 1")
     if not 0.0 <= args.eta <= 1.0 or args.columns < 1:
         raise ValueError("--eta must be from 0 to 1 and --columns at least 1")
+    ddim_timesteps(args.steps)   # complains now rather than after loading
 
+    args.device = find_device(args.device)
     if args.npz:
         model, facts = load_checkpoint(args.checkpoints[0])
         labels = uniform_labels(args.count, len(facts["classes"]))
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
             vae = load_checkpoint(args.checkpoints[0])[1]["architecture"]["vae"]
             real = data.load(args.real, "train", args.data_dir, vae["resolution"], vae["in_channels"])
             panels.append(("real", *data.rows_by_class(real, args.columns)))
-        panels += [grid_panel(path, args, torch.device(args.device)) for path in args.checkpoints]
+        panels += [grid_panel(path, args) for path in args.checkpoints]
         data.save_grid(args.grid, panels)
         print(f"wrote {args.grid}")
 

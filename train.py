@@ -21,7 +21,7 @@ from tqdm import trange
 
 import data
 from dp_sgd import PrivacyPlan, make_plan, noisy_gradient, poisson_sample, secure_generator
-from ldm import EMA, LatentDiffusion, load_checkpoint, replace_embedder, save_checkpoint
+from ldm import EMA, LatentDiffusion, ddim_timesteps, load_checkpoint, replace_embedder, save_checkpoint
 from unet import private_parameter_names
 from vae import AutoencoderKL
 
@@ -54,7 +54,7 @@ class Config:
     vae_lr: float = option(3e-3, "the autoencoder's learning rate")
     kl_weight: float = option(5e-4, "weight of the KL term per latent number")
     # diffusion model
-    unet_channels: int = option(64, "width of the U-Net's first level")
+    unet_channels: int = option(32, "width of the U-Net's first level")
     unet_mult: tuple[int, ...] = option((1, 2), "width multiplier of each level")
     res_blocks: int = option(1, "residual blocks per level")
     attention_resolutions: tuple[int, ...] = option((1, 2), "downsampling factors with attention")
@@ -96,18 +96,37 @@ class Config:
     def load_data(self, source: str) -> data.Dataset:
         return data.load(source, "train", self.data_dir, self.image_size, self.channels)
 
+    def check(self) -> None:
+        """ValueError naming the first flag whose value cannot work."""
+        if self.stage not in ("public", "private"):
+            raise ValueError(f"unknown stage {self.stage!r}: give public or private")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                fine = number == 0 if f.name in ("seed", "kl_weight", "label_dropout") else False
+                if f.type not in (bool, str) and not (number > 0 or fine):
+                    raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
+        if not self.label_dropout < 1:
+            raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout}")
+        smallest = 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)
+        if self.image_size % smallest:
+            raise ValueError(f"--image-size must be a multiple of {smallest}: autoencoder and U-Net halve it that far")
+        if any(self.unet_channels * mult % self.num_heads for mult in self.unet_mult):
+            raise ValueError("--unet-channels times each of --unet-mult must be a multiple of --num-heads")
+        ddim_timesteps(self.sample_steps)
+
     @property
     def folder(self) -> Path:
         return Path(self.out or f"runs/{self.preset}")
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        return find_device(self.device)
 
 
 PRESETS = {
     "glyphs": {},
-    "mnist": dict(private_data="mnist", data_dir="data/mnist", vae_steps=3_000, public_steps=3_000),
+    "mnist": dict(private_data="mnist", data_dir="data/mnist", vae_steps=3_000, public_steps=6_000),
 }
 
 
@@ -189,7 +208,16 @@ def run_public(config: Config, target: Path) -> None:
     model = LatentDiffusion(config.architecture(len(dataset.classes))).to(device)
     print(f"public stage: {len(dataset.images):,} images of {config.public_data}; autoencoder "
           f"{count(model.vae.parameters()):,} parameters, U-Net {count(model.unet.parameters()):,}")
-    train_autoencoder(model.vae, dataset.images, config)
+    saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
+    if saved.exists() and not config.overwrite:
+        print(f"taking the autoencoder from {saved}")
+        earlier, _ = load_checkpoint(saved)
+        if earlier.architecture["vae"] != model.architecture["vae"]:
+            raise ValueError(f"{saved} has another architecture: give --overwrite to train it anew, or another --out")
+        model.vae = earlier.vae.to(device)
+    else:
+        train_autoencoder(model.vae, dataset.images, config)
+        save_checkpoint(saved, model)
     moments = encode_all(model.vae, dataset.images, device)
     model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
     train_diffusion(model, moments, torch.from_numpy(dataset.labels).to(device), config)
@@ -229,6 +257,11 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     dataset = config.load_data(config.private_data)
     plan = make_plan(len(dataset.images), config.expected_batch, config.epochs, config.max_grad_norm,
                      config.eps, config.delta)
+    if not public.exists():
+        if config.public_checkpoint:
+            raise ValueError(f"--public-checkpoint {public} does not exist")
+        print(f"there is no public model at {public} yet: running the public stage first")
+        run_public(config, public)
     model, facts = load_checkpoint(public)
     if model.architecture != config.architecture(model.architecture["num_classes"]):
         raise ValueError(f"{public} has another architecture than the flags ask for: "
@@ -273,6 +306,16 @@ def finish(model: LatentDiffusion, classes: list[str], config: Config, target: P
     print(f"wrote {target} and {picture}")
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are ValueErrors, for `one_line_errors`."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists the options)")
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad input ends the program with one line on stderr and exit code 2."""
@@ -283,9 +326,19 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one. ValueError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def parse_args(argv: list[str] | None = None) -> Config:
     """Flags -> Config: the defaults, then the preset's values, then what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     for f in dataclasses.fields(Config):
         flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default {f.default})"
         if f.type is bool:
@@ -300,8 +353,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: give one of {', '.join(PRESETS)}")
     config = Config(**{**PRESETS[preset], **given})
-    if config.stage not in ("public", "private"):
-        raise ValueError(f"unknown stage {config.stage!r}: give public or private")
+    config.check()
     return config
 
 
@@ -313,13 +365,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{target} exists: give --overwrite to replace it, or another --out")
     if config.stage == "public":
         run_public(config, target)
-        return
-    if not public.exists():
-        if config.public_checkpoint:
-            raise ValueError(f"--public-checkpoint {public} does not exist")
-        print(f"there is no public model at {public} yet: running the public stage first")
-        run_public(config, public)
-    run_private(config, public, target)
+    else:
+        run_private(config, public, target)
 
 
 if __name__ == "__main__":
