@@ -66,10 +66,11 @@ def make_plan(num_examples: int, expected_batch: int, epochs: float, max_grad_no
 
 
 def secure_generator() -> np.random.Generator:
-    """A generator keyed with 128 bits of the operating system's entropy, for noise and batches.
+    """A generator seeded with 128 bits of the operating system's entropy, for noise and batches.
 
     Whoever knows the noise can subtract it, so it must not follow from a published seed. torch's own CPU
-    generator would not do: it uses 32 bits of its seed, few enough to try them all.
+    generator would not do: it uses 32 bits of its seed, few enough to try them all. (PCG64 is no
+    cryptographic generator either; its stream is never published.)
     """
     return np.random.default_rng()
 
@@ -91,7 +92,8 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
                          max_grad_norm: float, chunk: int) -> Tensors:
     """sum_i g_i * min(1, C / ||g_i||), with the norm taken over all the parameters jointly.
 
-    At most `chunk` examples' gradients are in memory at a time. An empty batch sums to zero.
+    At most `chunk` examples' gradients are in memory at a time. An empty batch sums to zero. An example
+    whose gradient is not finite is left out: no weight could bring it within C of nothing.
     """
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     if len(batch[0]) == 0:   # vmap refuses an empty batch
@@ -99,9 +101,10 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
     for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
         gradients = per_example_gradients(loss_fn, parameters, part)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-        weights = (max_grad_norm / norms).clamp(max=1.0)   # C/0 is inf, clamped to 1
+        finite = norms.isfinite()
+        weights = (max_grad_norm / norms[finite]).clamp(max=1.0)   # C/0 is inf, clamped to 1
         for name, g in gradients.items():
-            total[name] += torch.tensordot(weights, g, dims=1)
+            total[name] += torch.tensordot(weights, g if finite.all() else g[finite], dims=1)
     return total
 
 
