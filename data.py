@@ -13,6 +13,7 @@ import os
 import string
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +133,7 @@ def load_glyphs(source: str, split: str) -> Dataset:
     count = COUNTS[source][split]
     path = CACHE / f"{source}-{split}-v1.npz"
     if path.exists():
-        with np.load(path) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
+        images, labels = read_arrays(path)
     else:
         seed = {"train": 0, "test": 1}[split]
         images, labels = render(characters, STYLES[source], count, seed)
@@ -164,6 +164,15 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
         np.savez_compressed(file, **arrays)
 
 
+def read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays `images` and `labels` of an .npz. ValueError naming the file if it is not such a one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["images"], arrays["labels"]
+    except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no readable .npz of images and labels: {error}") from error
+
+
 def read_idx(path: Path) -> np.ndarray:
     """An unsigned-byte array in IDX format: 00 00 08 (rank), the sizes as big-endian uint32, the bytes."""
     try:
@@ -171,7 +180,7 @@ def read_idx(path: Path) -> np.ndarray:
         zeros, kind, rank = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{rank}I", content, 4)
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
+    except (OSError, EOFError, struct.error, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is no readable IDX file: {error}") from error
     if (zeros, kind) != (0, 8):
         raise ValueError(f"{path} is no IDX file of unsigned bytes")
@@ -186,7 +195,11 @@ def load_mnist(folder: Path, split: str) -> Dataset:
         if not found:
             raise ValueError(f"{folder / name}[.gz] is missing: --data-dir must be the folder of MNIST's IDX files")
         arrays.append(read_idx(found[0]))
-    return Dataset(arrays[0][..., None], arrays[1].astype(np.int64), list(string.digits))
+    images, labels = arrays
+    if images.shape != (len(labels), 28, 28) or labels.ndim != 1 or labels.max(initial=0) > 9:
+        raise ValueError(f"{folder / prefix}-images-idx3-ubyte and its labels have the shapes {images.shape} and "
+                         f"{labels.shape}: MNIST has [N, 28, 28] and [N], labels from 0 to 9")
+    return Dataset(images[..., None], labels.astype(np.int64), list(string.digits))
 
 
 def load_folder(root: Path, split: str, image_size: int, channels: int) -> Dataset:
@@ -200,10 +213,10 @@ def load_folder(root: Path, split: str, image_size: int, channels: int) -> Datas
         raise ValueError(f"{root} is no readable folder or zip: {error}") from error
     endings = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
     files = sorted(n for n in names if n.lower().endswith(endings) and "/" in n)
-    if any(split in Path(n).parts for n in files):
-        files = [n for n in files if split in Path(n).parts]
+    if any({"train", "test"} & set(Path(n).parts[:-2]) for n in files):   # never test images for training
+        files = [n for n in files if split in Path(n).parts[:-2]]
     if not files:
-        raise ValueError(f"{root} holds no class sub-folders with images")
+        raise ValueError(f"{root} holds no class sub-folders with images for {split}")
     classes = sorted({Path(n).parent.name for n in files})
     images = []
     for name in tqdm(files, desc=f"reading {root.name}", disable=len(files) < 2_000):
@@ -211,7 +224,7 @@ def load_folder(root: Path, split: str, image_size: int, channels: int) -> Datas
             with Image.open(io.BytesIO(archive.read(name)) if archive else root / name) as image:
                 image = image.convert("L" if channels == 1 else "RGB")
                 images.append(np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS)))
-        except (OSError, zipfile.BadZipFile, SyntaxError) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError) as error:
             raise ValueError(f"cannot read the image {name} of {root}: {error}") from error
     labels = np.array([classes.index(Path(n).parent.name) for n in files])
     return Dataset(np.stack(images).reshape(len(files), image_size, image_size, channels), labels, classes)

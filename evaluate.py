@@ -7,7 +7,6 @@ Every .npz (of sample.py) trains --seeds classifiers. Which epoch's weights are 
 tenth of the *synthetic* images; the real test images are used once, for the number that is reported.
 """
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +63,10 @@ def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: i
 
 def load_synthetic(path: Path) -> data.Dataset:
     """The images and labels of an .npz of sample.py; ValueError if it is not one."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"].astype(np.int64)
-    except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz of images and labels: {error}") from error
+    images, labels = data.read_arrays(path)
     if images.dtype != np.uint8 or images.ndim != 4 or labels.ndim != 1 or len(labels) < 10 or labels.min() < 0:
         raise ValueError(f"{path} must hold uint8 images [n, H, W, C] and labels [n] from 0 up, at least 10 of them")
-    return data.Dataset(images, labels, [])
+    return data.Dataset(images, labels.astype(np.int64), [])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     """GroupNorm with the official 32 groups, or with groups of at least 4 channels in narrower layers.
 
-    A group of one channel would erase that channel's mean, which a 16-channel layer cannot spare.
+    A group of one channel would erase that channel's mean, which a 16-channel layer can hardly spare.
     """
     groups = 32 if channels % 32 == 0 else math.gcd(channels, max(1, channels // 4))
     return nn.GroupNorm(groups, channels, eps=eps)
