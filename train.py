@@ -81,6 +81,7 @@ class Config:
     ema_decay: float = option(0.999, "decay of the weights' moving average, per logical step")
     # sampling, for the grid at the end
     sample_steps: int = option(50, "DDIM steps")
+    guidance: float = option(2.0, "classifier-free guidance; 1 is none")
 
     def architecture(self, num_classes: int) -> dict:
         """The arguments of LatentDiffusion (see there)."""
@@ -127,7 +128,7 @@ class Config:
 
 PRESETS = {
     "glyphs": {},
-    "mnist": dict(private_data="mnist", data_dir="data/mnist", vae_steps=3_000, public_steps=6_000),
+    "mnist": dict(private_data="mnist", data_dir="data/mnist", vae_steps=3_000, public_steps=6_000, epochs=6.0),
 }
 
 
@@ -311,7 +312,7 @@ def finish(model: LatentDiffusion, classes: list[str], config: Config, target: P
     save_checkpoint(target, model, classes=classes, config=dataclasses.asdict(config), **facts)
     rows, columns = min(10, len(classes)), 10
     labels = torch.arange(rows, device=config.torch_device).repeat_interleave(columns)
-    images = model.generate(labels, config.sample_steps).cpu().numpy()
+    images = model.generate(labels, config.sample_steps, guidance=config.guidance).cpu().numpy()
     picture = target.with_suffix(".png")
     data.save_grid(picture, [(title, images.reshape(rows, columns, *images.shape[1:]), classes[:rows])])
     print(f"wrote {target} and {picture}")
