@@ -15,11 +15,11 @@ test: .venv/installed
 	$(PYTHON) -m pytest
 
 demo: $(RUN)/eps1.npz $(RUN)/eps10.npz
-	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --steps 25 --grid $(RUN)/samples.png
-	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --epochs 6
+	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --steps 20 --grid $(RUN)/samples.png
+	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --steps 600
 
 $(RUN)/%.npz: $(RUN)/private-%.pt
-	$(PYTHON) sample.py $< --npz $@ --count 2000 --steps 25
+	$(PYTHON) sample.py $< --npz $@ --count 2000 --steps 20
 
 $(RUN)/private-eps%.pt: $(RUN)/public.pt
 	$(PYTHON) train.py --stage private --eps $*

@@ -3,8 +3,9 @@
     python evaluate.py eps1.npz eps10.npz --real digits --ceiling
     python evaluate.py eps10.npz --real mnist --data-dir data/mnist
 
-Every .npz (of sample.py) trains --seeds classifiers. Which epoch's weights are kept is decided on a held-out
-tenth of the *synthetic* images; the real test images are used once, for the number that is reported.
+Every .npz (of sample.py) trains --seeds classifiers, for the same number of steps. Which of ten snapshots is
+kept is decided on a held-out tenth of the *synthetic* images; the real test images are used once, for the number
+that is reported.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return hits / len(y)
 
 
-def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: int, device: torch.device,
+def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, steps: int, device: torch.device,
                    batch: int = 64) -> float:
     """Accuracy on `test` of a classifier trained on nine tenths of `train`, chosen on the last tenth."""
     torch.manual_seed(seed)
@@ -43,20 +44,20 @@ def train_and_test(train: data.Dataset, test: data.Dataset, seed: int, epochs: i
     held_out, kept = order[:len(y) // 10], order[len(y) // 10:]
     model = make_classifier(x.shape[1], len(test.classes)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    steps, step, best, best_weights = epochs * -(-len(kept) // batch), 0, -1.0, None
-    for _ in trange(epochs, desc=f"classifier, seed {seed}", leave=False):
+    best, best_weights = -1.0, None
+    for step in trange(steps, desc=f"classifier, seed {seed}", leave=False):
         model.train()
-        for chosen in kept[torch.randperm(len(kept), device=device)].split(batch):
-            dy, dx = torch.randint(-2, 3, (2,)).tolist()   # small random shifts, as digits are centred by hand
-            loss = F.cross_entropy(model(x[chosen].roll((dy, dx), (2, 3))), y[chosen], label_smoothing=0.1)
-            optimizer.param_groups[0]["lr"] = 2e-3 * lr_at(step, steps)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-        score = accuracy(model, x[held_out], y[held_out])
-        if score >= best:
-            best, best_weights = score, {k: v.clone() for k, v in model.state_dict().items()}
+        chosen = kept[torch.randint(len(kept), (batch,), device=device)]
+        dy, dx = torch.randint(-2, 3, (2,)).tolist()   # small random shifts, as digits are centred by hand
+        loss = F.cross_entropy(model(x[chosen].roll((dy, dx), (2, 3))), y[chosen], label_smoothing=0.1)
+        optimizer.param_groups[0]["lr"] = 2e-3 * lr_at(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % max(1, steps // 10) == 0 or step == steps - 1:
+            score = accuracy(model, x[held_out], y[held_out])
+            if score >= best:
+                best, best_weights = score, {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(best_weights)
     return accuracy(model, to_pixels(test.images, device), torch.from_numpy(test.labels).to(device))
 
@@ -75,14 +76,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--real", default="digits", help="digits (default), mnist, or a folder or zip of images")
     parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
     parser.add_argument("--ceiling", action="store_true", help="also train on the real training images")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training images (default 10)")
+    parser.add_argument("--steps", type=int, default=2_000, help="steps of 64 images per classifier (default 2000)")
     parser.add_argument("--seeds", type=int, default=3, help="classifiers per data set (default 3)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto (default)")
     args = parser.parse_args(argv)
     if not args.synthetic and not args.ceiling:
         raise ValueError("nothing to do: give .npz files of sample.py, or --ceiling")
-    if args.seeds < 1 or args.epochs < 1:
-        raise ValueError("--seeds and --epochs must be at least 1")
+    if args.seeds < 1 or args.steps < 1:
+        raise ValueError("--seeds and --steps must be at least 1")
 
     device = find_device(args.device)
     sources = [(path.stem, load_synthetic(path)) for path in args.synthetic]
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{name} has other image sizes or more classes than the real images of {args.real}")
     print(f"{'training images':<24}{'number':>8}   accuracy on {len(test.labels):,} real test images")
     for name, train in sources:
-        scores = [train_and_test(train, test, seed, args.epochs, device) for seed in range(args.seeds)]
+        scores = [train_and_test(train, test, seed, args.steps, device) for seed in range(args.seeds)]
         spread = np.std(scores, ddof=1) if args.seeds > 1 else 0.0
         print(f"{name:<24}{len(train.labels):>8,}   {np.mean(scores):.2%} +- {spread:.2%} ({args.seeds} seeds)")
 

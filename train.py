@@ -49,7 +49,7 @@ class Config:
     vae_channels: int = option(8, "width of the autoencoder's first level")
     vae_mult: tuple[int, ...] = option((1, 1, 2, 4), "width multiplier of each level; all but the first halve the size")
     latent_channels: int = option(8, "channels of the latents")
-    vae_steps: int = option(1_000, "optimiser steps of the autoencoder")
+    vae_steps: int = option(3_000, "optimiser steps of the autoencoder")
     vae_batch: int = option(32, "images per autoencoder step")
     vae_lr: float = option(3e-3, "the autoencoder's learning rate")
     kl_weight: float = option(5e-4, "weight of the KL term per latent number")
@@ -63,13 +63,13 @@ class Config:
     linear_start: float = option(0.0015, "first beta of the noise schedule")
     linear_end: float = option(0.0195, "last beta of the noise schedule")
     label_dropout: float = option(0.1, "share of examples trained with the null class, for guidance")
-    public_steps: int = option(1_000, "optimiser steps of the public diffusion model")
+    public_steps: int = option(6_000, "optimiser steps of the public diffusion model")
     public_batch: int = option(128, "examples per public step")
     public_lr: float = option(1e-3, "learning rate of the public diffusion model")
     # private stage
     eps: float = option(1.0, "privacy budget epsilon")
     delta: float = option(1e-5, "privacy budget delta")
-    epochs: float = option(4.0, "expected passes over the private data")
+    epochs: float = option(6.0, "expected passes over the private data")
     expected_batch: int = option(1_024, "expected examples per logical step (Poisson sampling)")
     max_grad_norm: float = option(0.1, "clipping norm C of one example's gradient")
     noise_draws: int = option(1, "K: diffusion noise draws averaged in one example's gradient")
@@ -127,8 +127,9 @@ class Config:
 
 
 PRESETS = {
-    "glyphs": {},
-    "mnist": dict(private_data="mnist", data_dir="data/mnist", vae_steps=3_000, public_steps=6_000, epochs=6.0),
+    "glyphs": dict(vae_steps=800, attention_resolutions=(1,), public_steps=2_000, public_batch=64, public_lr=4e-3,
+                   expected_batch=512, epochs=3.0),
+    "mnist": dict(private_data="mnist", data_dir="data/mnist"),
 }
 
 
@@ -146,7 +147,7 @@ def lr_at(step: int, steps: int) -> float:
 
 def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
     """Train `vae` in place on public images, uint8 [N, H, W, C]."""
-    optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr, fused=True)
     progress = trange(config.vae_steps, desc="autoencoder")
     for step in progress:
         chosen = torch.randint(len(images), (config.vae_batch,)).numpy()
@@ -185,7 +186,7 @@ def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Ten
 def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, config: Config) -> None:
     """Train U-Net and embedder on public latents, in place; the model ends with the averaged weights."""
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr)
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
     progress = trange(config.public_steps, desc="public diffusion")
     for step in progress:
@@ -239,7 +240,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     model.requires_grad_(False)
     scale = {name: config.embedder_scale if name.startswith("embedder.") else 1.0 for name in names}
     parameters = {name: model.get_parameter(name) / scale[name] for name in names}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.private_lr)
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.private_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
     rng = secure_generator()
 

@@ -20,8 +20,8 @@ from ldm import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--vae-channels 8 --vae-mult 1 1 2 --latent-channels 4 --vae-steps 2 --vae-batch 4 --unet-channels 16 "
-        "--num-heads 2 --context-dim 8 --public-steps 3 --public-batch 8 --epochs 0.2 --expected-batch 10 "
-        "--sample-steps 2").split()
+        "--attention-resolutions 1 2 --num-heads 2 --context-dim 8 --public-steps 3 --public-batch 8 "
+        "--epochs 0.2 --expected-batch 10 --sample-steps 2").split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +122,7 @@ def test_sample_and_evaluate_round_trip(trained, tmp_path, capsys):
     width, height = Image.open(grid).size
     assert width > 3 * 3 * 32 and height > 10 * 32
     capsys.readouterr()
-    evaluate.main([str(npz), "--real", "digits", "--ceiling", "--epochs", "1", "--seeds", "2"])
+    evaluate.main([str(npz), "--real", "digits", "--ceiling", "--steps", "3", "--seeds", "2"])
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == ["training", "s", "real"]
     assert all(re.search(r"\d+\.\d+% \+- \d+\.\d+% \(2 seeds\)", line) for line in table[1:])
@@ -140,8 +140,8 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     test = data.Dataset(digits.images[:60], digits.labels[:60], ["0", "1"])
     flipped = data.Dataset(test.images, 1 - test.labels, ["0", "1"])
     rest = data.Dataset(digits.images[60:], digits.labels[60:], ["0", "1"])
-    right = evaluate.train_and_test(rest, test, seed=0, epochs=6, device=torch.device("cpu"))
-    wrong = evaluate.train_and_test(rest, flipped, seed=0, epochs=6, device=torch.device("cpu"))
+    right = evaluate.train_and_test(rest, test, seed=0, steps=40, device=torch.device("cpu"))
+    wrong = evaluate.train_and_test(rest, flipped, seed=0, steps=40, device=torch.device("cpu"))
     assert right > 0.9
     assert right + wrong == pytest.approx(1.0)   # the same classifier, whatever the test labels say
 
