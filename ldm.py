@@ -59,9 +59,9 @@ class LatentDiffusion(nn.Module):
         self.register_buffer("alphas_cumprod", alphas_cumprod.float())
         self.register_buffer("latent_scale", torch.tensor(1.0))
 
-    def latents(self, moments: torch.Tensor) -> torch.Tensor:
-        """Posterior moments [B, 2C, h, w] of the autoencoder -> freshly sampled scaled latents [B, C, h, w]."""
-        return DiagonalGaussian(moments).sample() * self.latent_scale
+    def latents(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Posterior moments [B, 2C, h, w] of the autoencoder -> sampled scaled latents [B, C, h, w]."""
+        return DiagonalGaussian(moments).sample(noise) * self.latent_scale
 
     def forward(self, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Each example's loss mean((eps_hat(z_t, t, condition) - eps)^2) [B] (Ho et al. 2020, eq. 14).

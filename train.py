@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 from tqdm import trange
 
 import data
@@ -105,8 +106,8 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
-                fine = number == 0 if f.name in ("seed", "kl_weight", "label_dropout") else False
-                if f.type not in (bool, str) and not (number > 0 or fine):
+                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout")
+                if f.type not in (bool, str) and not (number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
         if not self.label_dropout < 1:
             raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout}")
@@ -168,19 +169,25 @@ def encode_all(vae: AutoencoderKL, images, device: torch.device) -> torch.Tensor
 
 
 def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, K: int,
-                label_dropout: float) -> tuple[torch.Tensor, ...]:
+                label_dropout: float, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
     """K random draws for each of B examples: z_0, t, eps and condition, each [B, K, ...].
 
-    `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B]. Nothing here is shared between
-    examples, so that each one's gradient depends on no other.
+    `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B]. The draws of different examples are
+    independent, so that one more example in a batch leaves the others' gradients as they were. In the private
+    stage rng must be a secret one: the draws go by place in the batch, so that for whoever knew them one
+    example more would shift those of all that follow it.
     """
-    B = len(moments)
-    z_0 = model.latents(moments.repeat_interleave(K, dim=0))
-    t = torch.randint(len(model.alphas_cumprod), (B * K,), device=z_0.device)
-    dropped = torch.rand(B * K, device=z_0.device) < label_dropout
+    B, T, device = len(moments), len(model.alphas_cumprod), moments.device
+    shape = (B * K, moments.shape[1] // 2, *moments.shape[2:])
+
+    def normal():
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
+
+    z_0 = model.latents(moments.repeat_interleave(K, dim=0), normal())
+    t = torch.from_numpy(rng.integers(T, size=B * K)).to(device)
+    dropped = torch.from_numpy(rng.random(B * K) < label_dropout).to(device)
     condition = labels.repeat_interleave(K).masked_fill(dropped, model.embedder.null_class)
-    draws = (z_0, t, torch.randn_like(z_0), condition)
-    return tuple(x.reshape(B, K, *x.shape[1:]) for x in draws)
+    return tuple(x.reshape(B, K, *x.shape[1:]) for x in (z_0, t, normal(), condition))
 
 
 def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, config: Config) -> None:
@@ -188,10 +195,11 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
+    rng = np.random.default_rng(config.seed)
     progress = trange(config.public_steps, desc="public diffusion")
     for step in progress:
         chosen = torch.randint(len(moments), (config.public_batch,), device=moments.device)
-        batch = noise_draws(model, moments[chosen], labels[chosen], 1, config.label_dropout)
+        batch = noise_draws(model, moments[chosen], labels[chosen], 1, config.label_dropout, rng)
         loss = model(*(x.squeeze(1) for x in batch)).mean()
         optimizer.param_groups[0]["lr"] = config.public_lr * lr_at(step, config.public_steps)
         optimizer.zero_grad()
@@ -252,7 +260,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
 
     for step in (progress := trange(plan.steps, desc=f"private, eps={config.eps:g}")):
         chosen = poisson_sample(plan, rng).to(moments.device)
-        batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout)
+        batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng)
         gradient = noisy_gradient(example_loss, parameters, batch, plan, config.chunk, rng)
         for name, p in parameters.items():
             p.grad = gradient[name]
@@ -260,7 +268,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
         optimizer.step()
         ema.update(parameters)
         if config.show_private_loss and len(chosen):
-            loss = torch.stack([example_loss(parameters, *example) for example in zip(*batch)]).mean()
+            loss = vmap(example_loss, in_dims=(None, 0, 0, 0, 0), chunk_size=config.chunk)(parameters, *batch).mean()
             progress.set_postfix(not_private_loss=f"{loss.item():.3f}")
     model.load_state_dict(in_model_units(ema.shadow), strict=False)
 

@@ -188,15 +188,26 @@ def test_an_examples_gradient_does_not_depend_on_the_rest_of_its_batch():
     gradients = []
     for m, l in ((moments, labels), others):
         seed_everything()
-        z_0, t, eps, condition = (x[:, 0] for x in train.noise_draws(model, m, l, 1, 0.1))
+        z_0, t, eps, condition = (x[:, 0] for x in train.noise_draws(model, m, l, 1, 0.1, np.random.default_rng(0)))
         gradients.append(torch.autograd.grad(model(z_0, t, eps, condition)[0], parameters))
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+def test_the_diffusion_noise_of_a_private_run_does_not_follow_the_global_seeds(private_calls):
+    """Whoever knew the draws would see all those after an added example shift by one place."""
+    for _ in range(2):
+        seed_everything()
+        train.train_private(tiny_model(), *tiny_data(4), [*EMBEDDER], make(1.0, N=4, expected_batch=4), TINY)
+    one, other = (batch for _, _, batch, _ in private_calls)
+    for place in (0, 1, 2):   # z_0, t, eps
+        assert not torch.equal(one[place], other[place])
+
+
 def test_examples_and_draws_share_no_randomness():
     moments, labels = tiny_data(1)
-    z_0, t, eps, _ = train.noise_draws(tiny_model(), moments.expand(4, -1, -1, -1), labels.expand(4), 3, 0.1)
+    z_0, t, eps, _ = train.noise_draws(tiny_model(), moments.expand(4, -1, -1, -1), labels.expand(4), 3, 0.1,
+                                    np.random.default_rng(0))
     for draws in (z_0, eps):   # 4 equal examples with 3 draws each: 12 different draws
         assert len(draws.flatten(0, 1).flatten(1).unique(dim=0)) == 12
     assert len(t.unique()) > 6   # of 1,000 time steps
@@ -473,8 +484,10 @@ def test_the_batches_of_a_private_run_do_not_follow_the_seed(private_calls):
 # ---- the private run as a whole -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("K", [1, 3])
-def test_a_private_step_without_noise_is_the_textbook_formula(K, private_calls, optimizer_steps):
+def test_a_private_step_without_noise_is_the_textbook_formula(K, private_calls, optimizer_steps, monkeypatch):
     """sum_i clip(mean over K draws of the gradient) / (expected batch * C), by one backward pass per draw."""
+    monkeypatch.setattr(train, "secure_generator", lambda: np.random.default_rng(0))   # the same draws at each C
+
     def step(C):
         private_calls.clear()
         optimizer_steps.clear()
@@ -570,7 +583,8 @@ def test_nonsense_for_the_attention_blocks_is_refused(blocks):
 def test_with_one_context_token_the_parameters_left_out_have_no_effect():
     """Exactly the trained parameters of the attention modules have a gradient; the others' is exactly zero."""
     model, (moments, labels) = tiny_model(), tiny_data(4)
-    z_0, t, eps, condition = (x[:, 0] for x in train.noise_draws(model, moments, labels, 1, 0.0))
+    draws = train.noise_draws(model, moments, labels, 1, 0.0, np.random.default_rng(0))
+    z_0, t, eps, condition = (x[:, 0] for x in draws)
     model(z_0, t, eps, condition).sum().backward()
     candidates = private_parameter_names(model, context_tokens=2)
     gradients = {name: p.grad for name, p in model.named_parameters() if name in set(candidates)}
