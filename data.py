@@ -212,12 +212,12 @@ def load_folder(root: Path, split: str, image_size: int, channels: int) -> Datas
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{root} is no readable folder or zip: {error}") from error
     endings = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-    files = sorted(n for n in names if n.lower().endswith(endings) and "/" in n)
+    files = sorted(n for n in names if n.lower().endswith(endings) and "/" in n and not Path(n).name.startswith("."))
+    classes = sorted({Path(n).parent.name for n in files})   # of all splits, so that the labels agree
     if any({"train", "test"} & set(Path(n).parts[:-2]) for n in files):   # never test images for training
         files = [n for n in files if split in Path(n).parts[:-2]]
     if not files:
         raise ValueError(f"{root} holds no class sub-folders with images for {split}")
-    classes = sorted({Path(n).parent.name for n in files})
     images = []
     for name in tqdm(files, desc=f"reading {root.name}", disable=len(files) < 2_000):
         try:

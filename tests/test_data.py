@@ -361,6 +361,17 @@ def test_a_source_with_training_images_only_has_no_test_images(tree):
         load(source, "test")
 
 
+def test_labels_agree_where_one_split_lacks_a_class(tree):
+    source = tree({**{f"train/{name}": content for name, content in FLAT.items()}, "test/dog/a.png": encoded(30)})
+    test = load(source, "test", image_size=8)
+    assert test.classes == load(source, "train", image_size=8).classes == ["ant", "cat", "dog"]
+    assert test.labels.tolist() == [2]
+
+
+def test_hidden_files_are_passed_over(tree):
+    assert len(load(tree({**FLAT, "dog/._a.png": b"made by a Mac"}), "train", image_size=8).images) == len(FLAT)
+
+
 def test_file_that_is_no_zip_is_refused(tmp_path):
     (tmp_path / "images.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="images.zip"):
