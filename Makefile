@@ -1,4 +1,4 @@
-# make demo   trains, fine-tunes privately, samples and evaluates on the embedded data (offline)
+# make demo   trains, fine-tunes privately, samples and evaluates on the embedded data (offline once installed)
 # make test   lints and tests
 PYTHON := .venv/bin/python
 RUN := runs/glyphs
@@ -14,14 +14,16 @@ test: .venv/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest
 
-demo: $(RUN)/eps1.npz $(RUN)/eps10.npz
+# Both fine-tunings run side by side, each on one core: that uses two cores better than two threads do.
+demo: .venv/installed $(RUN)/public.pt
+	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUN)/eps10.npz $(RUN)/eps1.npz
 	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --steps 20 --grid $(RUN)/samples.png
 	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --steps 600
 
 $(RUN)/%.npz: $(RUN)/private-%.pt
 	$(PYTHON) sample.py $< --npz $@ --count 2000 --steps 20
 
-$(RUN)/private-eps%.pt: $(RUN)/public.pt
+$(RUN)/private-eps%.pt: | $(RUN)/public.pt
 	$(PYTHON) train.py --stage private --eps $*
 
 $(RUN)/public.pt: | .venv/installed

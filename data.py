@@ -4,12 +4,13 @@
     letters   rendered letters A-Z a-z, the public data           (40,000 train, 5,000 test)
     digits    rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
     mnist     the IDX files of MNIST, gzipped or not, in --data-dir
-    a path    a folder or a zip with one sub-folder of images per class, optionally below train/ and test/
+    a path    a folder or a zip with one sub-folder of images per class, below train/ and test/ or without test images
 """
 
 import gzip
 import io
 import os
+import re
 import string
 import struct
 import zipfile
@@ -128,7 +129,7 @@ def render(characters: str, style: Style, count: int, seed: int) -> tuple[np.nda
 
 
 def load_glyphs(source: str, split: str) -> Dataset:
-    """Rendered letters or digits, the same on every machine; kept in CACHE after the first time."""
+    """Rendered letters or digits, the same wherever Pillow and SciPy are; kept in CACHE after the first time."""
     characters = LETTERS if source == "letters" else string.digits
     count = COUNTS[source][split]
     path = CACHE / f"{source}-{split}-v1.npz"
@@ -203,7 +204,10 @@ def load_mnist(folder: Path, split: str) -> Dataset:
 
 
 def load_folder(root: Path, split: str, image_size: int, channels: int) -> Dataset:
-    """Class sub-folders of images, in a folder or a zip; below a folder named `split` if there is one."""
+    """Class sub-folders of images, in a folder or a zip, below folders named train and test if there are such.
+
+    The names of the classes are taken to be public, also where the images are private.
+    """
     archive = None
     try:
         if root.is_file():
@@ -212,19 +216,21 @@ def load_folder(root: Path, split: str, image_size: int, channels: int) -> Datas
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{root} is no readable folder or zip: {error}") from error
     endings = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-    files = sorted(n for n in names if n.lower().endswith(endings) and "/" in n and not Path(n).name.startswith("."))
+    files = sorted(n for n in names if n.lower().endswith(endings) and "/" in n and not re.search(r"(^|/)\.", n))
     classes = sorted({Path(n).parent.name for n in files})   # of all splits, so that the labels agree
-    if any({"train", "test"} & set(Path(n).parts[:-2]) for n in files):   # never test images for training
-        files = [n for n in files if split in Path(n).parts[:-2]]
+    if split == "test" or any({"train", "test"} & set(Path(n).parts[:-2]) for n in files):
+        files = [n for n in files if split in Path(n).parts[:-2]]   # never training images for testing
     if not files:
         raise ValueError(f"{root} holds no class sub-folders with images for {split}")
     images = []
     for name in tqdm(files, desc=f"reading {root.name}", disable=len(files) < 2_000):
         try:
             with Image.open(io.BytesIO(archive.read(name)) if archive else root / name) as image:
+                if image.mode[0] in "IF":   # 16 and 32 bits: converting would clip them to white
+                    raise ValueError("it has more than 8 bits per channel")
                 image = image.convert("L" if channels == 1 else "RGB")
                 images.append(np.asarray(image.resize((image_size, image_size), Image.Resampling.LANCZOS)))
-        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, SyntaxError) as error:
             raise ValueError(f"cannot read the image {name} of {root}: {error}") from error
     labels = np.array([classes.index(Path(n).parent.name) for n in files])
     return Dataset(np.stack(images).reshape(len(files), image_size, image_size, channels), labels, classes)

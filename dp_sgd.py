@@ -30,7 +30,8 @@ Tensors = dict[str, torch.Tensor]
 class PrivacyPlan:
     """Every number that the privacy of a run depends on. Sampler, noise and accountant read it from here.
 
-    Neighbouring data sets differ by one example, added or removed; N itself is taken to be public.
+    Neighbouring data sets differ by one example, added or removed; N and the list of classes are taken to be
+    public. The budget is that of one run: runs on the same data add up.
     """
     num_examples: int         # N
     expected_batch: int       # q N
@@ -69,8 +70,9 @@ def secure_generator() -> np.random.Generator:
     """A generator seeded with 128 bits of the operating system's entropy, for noise and batches.
 
     Whoever knows the noise can subtract it, so it must not follow from a published seed. torch's own CPU
-    generator would not do: it uses 32 bits of its seed, few enough to try them all. (PCG64 is no
-    cryptographic generator either; its stream is never published.)
+    generator would not do: it uses 32 bits of its seed, few enough to try them all. PCG64 is no
+    cryptographic generator either, and float32 noise is open to the attack of Mironov 2012: a deployment
+    against such adversaries needs a CSPRNG and discrete noise.
     """
     return np.random.default_rng()
 

@@ -5,6 +5,7 @@
     python sample.py PUBLIC.pt EPS10.pt EPS1.pt --real digits --grid figure.png     # side by side
 
 Sampling is post-processing: it reads only the checkpoint and costs no privacy, however many images are drawn.
+`--real` is the exception: it puts real test images beside the samples, for data that may be shown.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--grid", type=Path, help="write this PNG: samples by class, the checkpoints side by side")
     parser.add_argument("--npz", type=Path, help="write this .npz: images uint8 [n, H, W, C], labels int64 [n]")
     parser.add_argument("--count", type=int, default=10_000, help="images in the .npz (default 10000)")
-    parser.add_argument("--real", help="first panel of the grid: real images (letters, digits, mnist, a folder or zip)")
+    parser.add_argument("--real", help="first panel of the grid: real test images (letters, digits, mnist, ...)")
     parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
     parser.add_argument("--columns", type=int, default=10, help="images per class in the grid (default 10)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         panels = []
         if args.real:
             vae = load_checkpoint(args.checkpoints[0])[1]["architecture"]["vae"]
-            real = data.load(args.real, "train", args.data_dir, vae["resolution"], vae["in_channels"])
+            real = data.load(args.real, "test", args.data_dir, vae["resolution"], vae["in_channels"])
             panels.append(("real", *data.rows_by_class(real, args.columns)))
         panels += [grid_panel(path, args) for path in args.checkpoints]
         data.save_grid(args.grid, panels)

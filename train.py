@@ -1,4 +1,5 @@
-"""Train DP-LDM: `--stage public` pre-trains on public images, `--stage private` fine-tunes with DP-SGD.
+"""Train DP-LDM (TMLR 2024, arXiv 2305.15759): `--stage public` pre-trains on
+public images, `--stage private` fine-tunes attention and embedder on private ones with DP-SGD.
 
     python train.py --stage private --eps 1                                  # embedded data, from scratch
     python train.py --preset mnist --data-dir data/mnist --stage private --eps 10
@@ -9,6 +10,7 @@ A run writes its checkpoint and a grid of samples below --out (default runs/<pre
 import argparse
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,11 +113,17 @@ class Config:
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
         if not self.label_dropout < 1:
             raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout}")
+        if self.stage == "private" and self.public_data == self.private_data:
+            raise ValueError(f"--public-data and --private-data are both {self.private_data}; they must differ")
+        if self.channels not in (1, 3):
+            raise ValueError(f"--channels must be 1 (grey) or 3 (colour), not {self.channels}")
+        if not re.fullmatch(r"all|(last|from):[0-9]+", self.attention_blocks):
+            raise ValueError(f"--attention-blocks must be all, last:K or from:K, not {self.attention_blocks!r}")
         smallest = 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)
         if self.image_size % smallest:
             raise ValueError(f"--image-size must be a multiple of {smallest}: autoencoder and U-Net halve it that far")
-        if any(self.unet_channels * mult % self.num_heads for mult in self.unet_mult):
-            raise ValueError("--unet-channels times each of --unet-mult must be a multiple of --num-heads")
+        if self.unet_channels % 2 or any(self.unet_channels * mult % self.num_heads for mult in self.unet_mult):
+            raise ValueError("--unet-channels must be even, and times each of --unet-mult a multiple of --num-heads")
         ddim_timesteps(self.sample_steps)
 
     @property
@@ -222,13 +230,14 @@ def run_public(config: Config, target: Path) -> None:
     saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
     if saved.exists() and not config.overwrite:
         print(f"taking the autoencoder from {saved}")
-        earlier, _ = load_checkpoint(saved)
-        if earlier.architecture["vae"] != model.architecture["vae"]:
-            raise ValueError(f"{saved} has another architecture: give --overwrite to train it anew, or another --out")
+        earlier, facts = load_checkpoint(saved)
+        wanted = model.architecture["vae"], config.public_data
+        if (earlier.architecture["vae"], facts["config"]["public_data"]) != wanted:
+            raise ValueError(f"{saved} has another architecture or other data: give --overwrite or another --out")
         model.vae = earlier.vae.to(device)
     else:
         train_autoencoder(model.vae, dataset.images, config)
-        save_checkpoint(saved, model)
+        save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config))
     moments = encode_all(model.vae, dataset.images, device)
     model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
     train_diffusion(model, moments, torch.from_numpy(dataset.labels).to(device), config)
@@ -284,6 +293,8 @@ def run_private(config: Config, public: Path, target: Path) -> None:
         print(f"there is no public model at {public} yet: running the public stage first")
         run_public(config, public)
     model, facts = load_checkpoint(public)
+    if "privacy" in facts or facts["config"]["public_data"] == config.private_data:
+        raise ValueError(f"{public} was trained on private data already: its budget and this one's would add up")
     if model.architecture != config.architecture(model.architecture["num_classes"]):
         raise ValueError(f"{public} has another architecture than the flags ask for: "
                          "give the flags it was trained with, or another --out")
@@ -295,12 +306,16 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     print(f"private stage: N = {plan.num_examples:,}, sample rate {plan.sample_rate:.5f}, {plan.steps:,} steps, "
           f"sigma = {plan.noise_multiplier:.4f}, C = {plan.max_grad_norm:g}\n"
           f"spends epsilon = {plan.epsilon:.4f} at delta = {plan.delta:g} (RDP); "
-          f"trains {trained:,} of {total:,} parameters ({trained / total:.1%})")
+          f"trains {trained:,} of {total:,} parameters ({trained / total:.1%}) "
+          f"of {public}, which knows {facts['config']['public_data']}")
+    if plan.delta >= 1 / plan.num_examples:
+        print(f"WARNING: delta is not below 1/N = {1 / plan.num_examples:.1e}: it allows to publish single examples")
     if config.show_private_loss:
         print("WARNING: the loss shown below is computed from private data without noise. Do not publish it.")
     moments = encode_all(model.vae, dataset.images, config.torch_device)
     train_private(model, moments, torch.from_numpy(dataset.labels).to(config.torch_device), names, plan, config)
-    finish(model, dataset.classes, config, target, title=f"eps = {config.eps:g}", privacy=dataclasses.asdict(plan))
+    finish(model, dataset.classes, config, target, title=f"eps = {config.eps:g}",
+           privacy=dataclasses.asdict(plan), public_config=facts["config"])
 
 
 def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
@@ -344,6 +359,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of device memory: lower --chunk (train.py), --public-batch or --columns", file=sys.stderr)
         sys.exit(2)
 
 

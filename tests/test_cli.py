@@ -21,7 +21,7 @@ from ldm import load_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--vae-channels 8 --vae-mult 1 1 2 --latent-channels 4 --vae-steps 2 --vae-batch 4 --unet-channels 16 "
         "--attention-resolutions 1 2 --num-heads 2 --context-dim 8 --public-steps 3 --public-batch 8 "
-        "--epochs 0.2 --expected-batch 10 --sample-steps 2").split()
+        "--epochs 0.2 --expected-batch 10 --sample-steps 2 --device cpu").split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -160,7 +160,8 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     (["--preset", "nonsense"], "unknown preset"),
     (["--stage", "nonsense"], "unknown stage"),
     (["--private-data", "nonsense"], "unknown data"),
-    (["--attention-blocks", "first:2"], "attention blocks"),
+    (["--attention-blocks", "first:2"], "--attention-blocks"),
+    (["--attention-blocks", "last:99"], "attention blocks"),
     (["--chunk", "0"], "--chunk must be positive"),
     (["--image-size", "30"], "--image-size"),
     (["--device", "abacus"], "device 'abacus'"),
@@ -168,6 +169,10 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     (["--eps", "many"], "--eps"),
     (["--public-checkpoint", "missing.pt"], "missing.pt"),
     (["--unet-channels", "32"], "another architecture"),
+    (["--unet-channels", "33", "--num-heads", "3"], "--unet-channels must be even"),
+    (["--channels", "2"], "--channels"),
+    (["--private-data", "letters"], "are both letters"),
+    (["--private-data", "letters", "--public-data", "digits"], "trained on private data already"),
     (["--sample-steps", "1001"], "sampling steps"),
 ])
 def test_train_refuses_bad_input_and_writes_nothing(trained, tmp_path, capsys, arguments, complaint):
@@ -188,6 +193,22 @@ def test_nothing_is_overwritten_unless_asked_for(trained, capsys):
     assert "--overwrite" in refuse(capsys, train, ["--stage", "private", "--eps", "3", "--out", trained, *TINY])
     assert "--overwrite" in refuse(capsys, train, ["--stage", "public", "--out", trained, *TINY])
     assert contents(trained) == before
+
+
+def test_a_private_checkpoint_is_not_taken_for_a_public_one(trained, tmp_path, capsys):
+    message = refuse(capsys, train, ["--out", tmp_path, "--public-checkpoint", trained / "private-eps3.pt", *TINY])
+    assert "add up" in message and not list(tmp_path.iterdir())
+
+
+def test_an_autoencoder_of_other_data_is_not_reused(trained, tmp_path, capsys):
+    shutil.copy(trained / "autoencoder.pt", tmp_path)
+    assert "autoencoder.pt" in refuse(capsys, train, ["--public-data", "digits", "--private-data", "letters",
+                                                      "--out", tmp_path, *TINY])
+
+
+def test_a_large_delta_is_warned_about(trained, tmp_path, capsys):
+    train.main(["--out", str(tmp_path), "--public-checkpoint", str(trained / "public.pt"), *TINY, "--delta", "0.01"])
+    assert "WARNING: delta is not below 1/N" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_checkpoint(trained, tmp_path):

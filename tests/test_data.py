@@ -307,10 +307,18 @@ def test_train_and_test_folders(tree, top):
     assert (grey_levels(test), test.labels.tolist()) == ([4, 5], [0, 1])
 
 
-def test_without_split_folders_both_splits_are_everything(tree):
+def test_without_split_folders_all_images_are_for_training(tree):
     source = tree(FLAT)
-    train, test = (load(source, split, image_size=8) for split in ("train", "test"))
-    assert np.array_equal(train.images, test.images)
+    assert len(load(source, "train", image_size=8).images) == len(FLAT)
+    with pytest.raises(ValueError, match="no class sub-folders with images for test"):
+        load(source, "test")
+
+
+def test_images_of_sixteen_bits_are_refused_by_name(tree):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(file, "PNG")
+    with pytest.raises(ValueError, match="deep.png .*more than 8 bits"):
+        load(tree({**FLAT, "dog/deep.png": file.getvalue()}), "train", image_size=8)
 
 
 def test_colour_and_grey(tree):
