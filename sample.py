@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
     parser.add_argument("--columns", type=int, default=10, help="images per class in the grid (default 10)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM, 1: DDPM's noise (default 0)")
+    parser.add_argument("--eta", type=float, default=1.0, help="0: deterministic DDIM, 1: DDPM's noise (default 1)")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto (default)")

@@ -84,6 +84,7 @@ class Config:
     ema_decay: float = option(0.999, "decay of the weights' moving average, per logical step")
     # sampling, for the grid at the end
     sample_steps: int = option(50, "DDIM steps")
+    eta: float = option(1.0, "0: deterministic DDIM, 1: DDPM's noise, which corrects errors of early steps")
     guidance: float = option(2.0, "classifier-free guidance; 1 is none")
 
     def architecture(self, num_classes: int) -> dict:
@@ -108,11 +109,11 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
-                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout")
+                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta")
                 if f.type not in (bool, str) and not (number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
-        if not self.label_dropout < 1:
-            raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout}")
+        if not self.label_dropout < 1 or self.eta > 1:
+            raise ValueError("--label-dropout must be below 1 and --eta at most 1")
         if self.stage == "private" and self.public_data == self.private_data:
             raise ValueError(f"--public-data and --private-data are both {self.private_data}; they must differ")
         if self.channels not in (1, 3):
@@ -336,7 +337,7 @@ def finish(model: LatentDiffusion, classes: list[str], config: Config, target: P
     save_checkpoint(target, model, classes=classes, config=dataclasses.asdict(config), **facts)
     rows, columns = min(10, len(classes)), 10
     labels = torch.arange(rows, device=config.torch_device).repeat_interleave(columns)
-    images = model.generate(labels, config.sample_steps, guidance=config.guidance).cpu().numpy()
+    images = model.generate(labels, config.sample_steps, config.eta, config.guidance).cpu().numpy()
     picture = target.with_suffix(".png")
     data.save_grid(picture, [(title, images.reshape(rows, columns, *images.shape[1:]), classes[:rows])])
     print(f"wrote {target} and {picture}")
