@@ -80,7 +80,7 @@ class Style:
 
 STYLES = {
     "letters": Style((16, 21), (0.7, 1.2), (-15, 15), (-0.35, 0.45), (-0.5, 1.0), (0.8, 2.0), (0.0, 1.6)),
-    "digits": Style((17, 21), (0.7, 0.9), (-5, 5), (0.25, 0.5), (0.5, 1.3), (2.0, 3.5), (0.6, 1.2)),
+    "digits": Style((18, 21), (0.7, 0.95), (-5, 5), (0.3, 0.55), (-0.2, 0.5), (1.2, 2.2), (0.8, 1.4)),
 }
 COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000}}
 
@@ -132,7 +132,7 @@ def load_glyphs(source: str, split: str) -> Dataset:
     """Rendered letters or digits, the same wherever Pillow and SciPy are; kept in CACHE after the first time."""
     characters = LETTERS if source == "letters" else string.digits
     count = COUNTS[source][split]
-    path = CACHE / f"{source}-{split}-v1.npz"
+    path = CACHE / f"{source}-{split}-v2.npz"
     if path.exists():
         images, labels = read_arrays(path)
     else:
