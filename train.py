@@ -137,8 +137,8 @@ class Config:
 
 
 PRESETS = {
-    "glyphs": dict(vae_steps=700, attention_resolutions=(1,), public_steps=1_600, public_batch=64, public_lr=4e-3,
-                   expected_batch=256, epochs=2.5, private_lr=3e-3),
+    "glyphs": dict(vae_steps=800, attention_resolutions=(1,), public_steps=2_300, public_batch=64, public_lr=4e-3,
+                   expected_batch=256, epochs=1.5, private_lr=4e-3),
     "mnist": dict(private_data="mnist", data_dir="data/mnist"),
 }
 
