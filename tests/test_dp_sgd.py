@@ -539,7 +539,8 @@ def test_a_whole_private_run_follows_the_plan_that_it_reports(tmp_path, optimize
         path = tmp_path / "data" / "abc"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    save_checkpoint(tmp_path / "public.pt", tiny_model(randomise=False).float(), classes=["a", "b", "c"])
+    save_checkpoint(tmp_path / "public.pt", tiny_model(randomise=False).float(), classes=["a", "b", "c"],
+                    config=dataclasses.asdict(TINY))
     config = dataclasses.replace(TINY, private_data=str(tmp_path / "data"), expected_batch=4, epochs=2.0, eps=3.0,
                                  delta=1e-3, max_grad_norm=0.3)
     train.run_private(config, tmp_path / "public.pt", tmp_path / "private.pt")
