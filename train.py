@@ -158,10 +158,11 @@ def lr_at(step: int, steps: int) -> float:
 def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
     """Train `vae` in place on public images, uint8 [N, H, W, C]."""
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr, fused=True)
+    device = config.torch_device
     progress = trange(config.vae_steps, desc="autoencoder")
     for step in progress:
         chosen = torch.randint(len(images), (config.vae_batch,)).numpy()
-        loss = vae.loss(to_pixels(images[chosen], config.torch_device), config.kl_weight)
+        loss = vae.loss(to_pixels(images[chosen], device), config.kl_weight)
         optimizer.param_groups[0]["lr"] = config.vae_lr * lr_at(step, config.vae_steps)
         optimizer.zero_grad()
         loss.backward()
@@ -263,7 +264,8 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     rng = secure_generator()
 
     def in_model_units(parameters):
-        return {name: p * scale[name] for name, p in parameters.items()}
+        # Leaves the others as they are: a product, even by 1, would pass over every per-example gradient again.
+        return {name: p if scale[name] == 1.0 else p * scale[name] for name, p in parameters.items()}
 
     def example_loss(parameters, z_0, t, eps, condition):   # the K noise draws of one example -> mean loss
         return functional_call(model, in_model_units(parameters), (z_0, t, eps, condition)).mean()
@@ -302,7 +304,7 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     model = replace_embedder(model, starting_classes(dataset.classes, facts["classes"]), len(dataset.classes))
     model.to(config.torch_device)
     names = private_parameter_names(model, config.attention_blocks)
-    trained = count(p for n, p in model.named_parameters() if n in set(names))
+    trained = count(map(model.get_parameter, names))
     total = count(model.unet.parameters()) + count(model.embedder.parameters())
     print(f"private stage: N = {plan.num_examples:,}, sample rate {plan.sample_rate:.5f}, {plan.steps:,} steps, "
           f"sigma = {plan.noise_multiplier:.4f}, C = {plan.max_grad_norm:g}\n"
