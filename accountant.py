@@ -11,6 +11,9 @@ sigma. At the end every order alpha > 1 turns the total into a valid (epsilon, d
 keep the order with the smallest epsilon. The claim is for the whole run and all its intermediate
 weights, and it holds only if the batches really are Poisson samples.
 
+A privacy-loss-distribution (PLD) accountant follows the whole distribution of the loss instead of its moments:
+pld.py. Its epsilon is smaller, and it takes longer. It gives two bounds, between which the true epsilon lies.
+
 All logarithms are natural, so RDP and epsilon are in nats. Sources:
   Mironov 2017, arXiv 1702.07476: Renyi differential privacy and its composition (Proposition 1).
   Mironov, Talwar, Zhang 2019, arXiv 1908.10530: RDP of the sampled Gaussian, section 3.
@@ -19,13 +22,16 @@ All logarithms are natural, so RDP and epsilon are in nats. Sources:
   Trefethen, Weideman 2014, SIAM Review 56(3): why the trapezoidal rule is so accurate here.
 """
 
+import argparse
 import math
 import numbers
 
 import numpy as np
 from scipy.optimize import brentq, minimize_scalar
 
-ACCOUNTANTS = ("rdp",)
+import pld
+
+ACCOUNTANTS = ("rdp", "pld")
 # alpha - 1 is searched in this range. Any order gives a valid bound, so the limits cost tightness only (and
 # only where epsilon is around 1e-6 or smaller, or in the millions).
 MIN_ORDER_GAP, MAX_ORDER_GAP = 1e-10, 1e7
@@ -193,41 +199,101 @@ def epsilon_and_order(segments, delta) -> tuple[float, float]:
     return max(0.0, float(value)), 1 + math.exp(center)
 
 
-def epsilon(sample_rate, noise_multiplier, steps, delta, accountant="rdp") -> float:
-    """Smallest provable epsilon in nats at this delta after so many equal steps (see epsilon_and_order).
+def _pld_bounds(segments, delta, need_lower=True):
+    """See epsilon_bounds."""
+    segments = [(float(q), float(sigma), int(steps)) for q, sigma, steps in _checked(segments) if q > 0 and steps > 0]
+    rdp, order = epsilon_and_order(segments, delta)
+    return (0.0, 0.0) if rdp == 0 else pld.bounds(segments, float(delta), rdp, order, need_lower)
 
+
+def epsilon_bounds(segments, delta) -> tuple[float, float]:
+    """(lower, upper) in nats: the epsilon of segments [(sample_rate, noise_multiplier, steps), ...] by PLD.
+
+    The smallest epsilon at which these mechanisms are (epsilon, delta)-DP lies between the two; upper is a
+    guarantee as RDP's is, and never above it. They differ by 1% at most (0.01 where epsilon < 1) for sample
+    rates from 1e-5, noise multipliers from 0.3 to 100, up to 10^6 steps and delta from 1e-8 to 1e-5, tested on
+    a grid of these; elsewhere they hold, but may be wider. Raises ValueError for bad arguments and beyond
+    pld.LIMITS, unless RDP finds epsilon 0 already.
+    """
+    return _pld_bounds(segments, delta)
+
+
+def epsilon(sample_rate, noise_multiplier, steps, delta, accountant="rdp") -> float:
+    """Smallest provable epsilon in nats at this delta after so many equal steps.
+
+    By RDP (see epsilon_and_order) or by PLD (the upper one of epsilon_bounds: smaller, and slower to compute).
     sample_rate and delta are probabilities, noise_multiplier is in units of the sensitivity. Zero
     steps or sample_rate 0 release nothing: 0.0. Raises ValueError for bad arguments, which includes an
     accountant not in ACCOUNTANTS.
     """
     _check(accountant=accountant)
-    return epsilon_and_order([(sample_rate, noise_multiplier, steps)], delta)[0]
+    segments = [(sample_rate, noise_multiplier, steps)]
+    return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta, False)[1]
 
 
-def calibrate_noise(target_epsilon, delta, sample_rate, steps, accountant="rdp") -> float:
-    """Smallest noise multiplier (to about 1e-7 relative) for which epsilon() does not exceed the target.
+def calibrate_noise(target_epsilon, delta, sample_rate, steps, accountant="rdp", spent=()) -> float:
+    """Smallest noise multiplier (to about 1e-7 relative; 1e-5 by PLD) for which epsilon() is within the target.
 
-    target_epsilon is in nats. epsilon() at the returned value never exceeds it. Values below 0.01 are not
-    considered. Raises ValueError for bad arguments, when nothing is released (zero steps or sample_rate 0:
-    then any noise will do), and when even noise 1e12 does not reach the target.
+    target_epsilon is in nats. epsilon() at the returned value never exceeds it. Values below 0.01 (0.1 by PLD)
+    are not considered. Raises ValueError for bad arguments, when nothing is released (zero steps or
+    sample_rate 0: then any noise will do), and when even noise 1e12 (1e4 by PLD) does not reach the target.
+    `spent` holds segments [(sample_rate, noise_multiplier, steps), ...] that count towards the target as well.
     """
     _check(target_epsilon=target_epsilon, delta=delta, sample_rate=sample_rate, steps=steps)
     _check(accountant=accountant)
     if steps == 0 or sample_rate == 0:
         raise ValueError(f"zero steps need no noise, nor does sample_rate 0: got {steps=}, {sample_rate=}")
+    least, most, precision, low, high = MIN_SIGMA, MAX_SIGMA, 1e-8, math.log(0.5), math.log(2.0)
+    if accountant == "pld":  # RDP's noise is enough, and hardly ever twice what is needed
+        least, most, precision = *pld.LIMITS["noise_multiplier"], 1e-6
+        enough = calibrate_noise(target_epsilon, delta, sample_rate, steps, spent=spent)
+        high = math.log(min(max(enough, least), most))
+        low = max(high - 0.1, math.log(least))
+
+    def total(log_sigma):
+        segments = [*spent, (sample_rate, math.exp(log_sigma), steps)]
+        return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta, False)[1]
 
     def excess(log_sigma):  # log-log is close to a straight line, which brentq follows in few steps
-        eps = epsilon(sample_rate, math.exp(log_sigma), steps, delta, accountant)
-        return math.log(max(eps, 1e-300) / target_epsilon)
+        return math.log(max(total(log_sigma), 1e-300) / target_epsilon)
 
-    low, high = math.log(0.5), math.log(2.0)
-    while low > math.log(MIN_SIGMA) and excess(low) <= 0:
-        low, high = max(low - 1, math.log(MIN_SIGMA)), low
-    while high < math.log(MAX_SIGMA) and excess(high) > 0:
-        low, high = high, high + 1
+    while low > math.log(least) and excess(low) <= 0:
+        low, high = max(low - 1, math.log(least)), low
+    while high < math.log(most) and excess(high) > 0:
+        low, high = high, min(high + 1, math.log(most))
     if excess(high) > 0:
-        raise ValueError(f"no noise multiplier up to {MAX_SIGMA:g} reaches {target_epsilon=} at {delta=}")
-    log_sigma = low if excess(low) <= 0 else brentq(excess, low, high, xtol=1e-8)
-    while epsilon(sample_rate, math.exp(log_sigma), steps, delta, accountant) > target_epsilon:
-        log_sigma += 5e-8  # the root found may lie on the unsafe side: step over to the safe one
+        raise ValueError(f"no noise multiplier up to {most:g} reaches {target_epsilon=} at {delta=}")
+    log_sigma = low if excess(low) <= 0 else brentq(excess, low, high, xtol=precision)
+    stride = 5 * precision
+    while total(log_sigma) > target_epsilon:
+        log_sigma, stride = log_sigma + stride, 2 * stride  # the root may lie on the unsafe side: step over
     return math.exp(log_sigma)
+
+
+def main(argv=None):
+    """The command line. Bad input ends with one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(description="Epsilon of DP-SGD, or the noise for an epsilon, by RDP and by PLD.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")  # without the usage: one line
+    parser.add_argument("--sample-rate", type=float, required=True, help="probability of an example to be drawn")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--delta", type=float, required=True)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--noise-multiplier", type=float, help="the noise's standard deviation / the clipping norm")
+    given.add_argument("--eps", type=float, help="calibrate the noise multiplier to this epsilon")
+    args = parser.parse_args(argv)
+    try:
+        for name in ACCOUNTANTS:
+            sigma = args.noise_multiplier
+            if sigma is None:
+                sigma = calibrate_noise(args.eps, args.delta, args.sample_rate, args.steps, name)
+            segments = [(args.sample_rate, sigma, args.steps)]
+            text = "epsilon {:.6g}, best order {:.6g}".format(*epsilon_and_order(segments, args.delta))
+            if name == "pld":
+                text = "epsilon from {:.6g} to {:.6g}".format(*epsilon_bounds(segments, args.delta))
+            print(f"{name.upper()}: noise multiplier {sigma:.9g}, {text}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
