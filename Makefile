@@ -24,7 +24,7 @@ $(RUN)/%.npz: $(RUN)/private-%.pt
 	$(PYTHON) sample.py $< --npz $@ --count 1000 --steps 25
 
 $(RUN)/private-eps%.pt: | $(RUN)/public.pt
-	$(PYTHON) train.py --stage private --eps $*
+	$(PYTHON) train.py --stage private --eps $* --resume
 
 $(RUN)/public.pt: | .venv/installed
 	$(PYTHON) train.py --stage public

@@ -64,6 +64,12 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     return dataset
 
 
+def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
+    """For every private class the public one it starts from: its namesake or lookalike; None if one has none."""
+    names = [c if c in public else LOOKALIKES.get(c) for c in private]
+    return [public.index(n) for n in names] if all(n in public for n in names) else None
+
+
 # ---- rendered glyphs -------------------------------------------------------------------------------
 
 @dataclass(frozen=True)

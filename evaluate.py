@@ -17,7 +17,8 @@ from torch import nn
 from tqdm import trange
 
 import data
-from train import Parser, find_device, lr_at, one_line_errors, to_pixels
+from config import Parser, find_device, one_line_errors
+from train import lr_at, to_pixels
 
 
 def make_classifier(channels: int, classes: int) -> nn.Module:

@@ -102,6 +102,28 @@ class LatentDiffusion(nn.Module):
         return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
+def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, K: int,
+                label_dropout: float, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """K random draws for each of B examples: z_0, t, eps and condition, each [B, K, ...].
+
+    `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B]. The draws of different examples are
+    independent, so that one more example in a batch leaves the others' gradients as they were. In the private
+    stage rng must be a secret one: the draws go by place in the batch, so that for whoever knew them one
+    example more would shift those of all that follow it.
+    """
+    B, T, device = len(moments), len(model.alphas_cumprod), moments.device
+    shape = (B * K, moments.shape[1] // 2, *moments.shape[2:])
+
+    def normal():
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
+
+    z_0 = model.latents(moments.repeat_interleave(K, dim=0), normal())
+    t = torch.from_numpy(rng.integers(T, size=B * K)).to(device)
+    dropped = torch.from_numpy(rng.random(B * K) < label_dropout).to(device)
+    condition = labels.repeat_interleave(K).masked_fill(dropped, model.embedder.null_class)
+    return tuple(x.reshape(B, K, *x.shape[1:]) for x in (z_0, t, normal(), condition))
+
+
 def ddim_timesteps(steps: int, total: int = 1000) -> list[int]:
     """The `steps` increasing time steps that DDIM visits, for any 1 <= steps <= total (else ValueError).
 

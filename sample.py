@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 import data
+from config import Parser, find_device, one_line_errors
+from dp_sgd import spent_epsilon
 from ldm import LatentDiffusion, ddim_timesteps, load_checkpoint
-from train import Parser, find_device, one_line_errors
 
 
 def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, guidance: float,
@@ -45,7 +46,9 @@ def grid_panel(path: Path, args: argparse.Namespace) -> tuple[str, np.ndarray, l
     names = facts["classes"][:10]
     labels = np.repeat(np.arange(len(names)), args.columns)
     images = sample(model.to(args.device), labels, args.steps, args.eta, args.guidance, args.seed)
-    title = f"eps = {facts['config']['eps']:g}" if "privacy" in facts else "public only"
+    title = "public only"
+    if facts.get("ledger"):
+        title = f"eps = {spent_epsilon(facts['ledger'], facts['plan']['delta'], facts['config']['accountant']):.3g}"
     return title, images.reshape(len(names), args.columns, *images.shape[1:]), names
 
 

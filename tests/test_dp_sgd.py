@@ -486,7 +486,7 @@ def test_the_batches_of_a_private_run_do_not_follow_the_seed(private_calls):
 @pytest.mark.parametrize("K", [1, 3])
 def test_a_private_step_without_noise_is_the_textbook_formula(K, private_calls, optimizer_steps, monkeypatch):
     """sum_i clip(mean over K draws of the gradient) / (expected batch * C), by one backward pass per draw."""
-    monkeypatch.setattr(train, "secure_generator", lambda: np.random.default_rng(0))   # the same draws at each C
+    monkeypatch.setattr(train, "secure_generator", lambda seed: np.random.default_rng(0))   # the same draws at each C
 
     def step(C):
         private_calls.clear()
@@ -545,7 +545,7 @@ def test_a_whole_private_run_follows_the_plan_that_it_reports(tmp_path, optimize
                                  delta=1e-3, max_grad_norm=0.3)
     train.run_private(config, tmp_path / "public.pt", tmp_path / "private.pt")
     public, private = load_checkpoint(tmp_path / "public.pt")[0], load_checkpoint(tmp_path / "private.pt")
-    plan = PrivacyPlan(**private[1]["privacy"])
+    plan = PrivacyPlan(**private[1]["plan"])
     assert (plan.num_examples, plan.expected_batch, plan.max_grad_norm, plan.delta) == (12, 4, 0.3, 1e-3)
     assert len(optimizer_steps) == plan.steps == 6
     assert 0.999 * 3.0 <= plan.epsilon <= 3.0
