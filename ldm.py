@@ -208,4 +208,6 @@ def load_checkpoint(path: Path) -> tuple[LatentDiffusion, dict]:
     except Exception as error:   # damaged bytes can fail anywhere in torch's reader
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise ValueError(f"checkpoint {path} is damaged or of another program ({reason})") from error
+    if "privacy" in content:   # taking it for a public one would forget what it has spent
+        raise ValueError(f"private checkpoint {path} has no ledger (an earlier version wrote it): train it again")
     return model.eval(), content

@@ -144,6 +144,12 @@ def test_a_budget_that_is_spent_is_refused_with_what_remains(public, tmp_path, c
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_private_checkpoint_without_a_ledger_is_refused(public, tmp_path, capsys):
+    content = torch.load(public / "public.pt", weights_only=True)
+    torch.save({**content, "privacy": {"steps": 3}}, tmp_path / "old.pt")
+    assert "has no ledger" in refused(capsys, public, tmp_path / "out", "--public-checkpoint", tmp_path / "old.pt")
+
+
 def test_overspending_is_refused_with_what_remains():
     plan = dp_sgd.make_plan(1000, 50, 2.0, 1.0, 2.0, 1e-5)
     dp_sgd.refuse_overspending([], plan, 2.0)
