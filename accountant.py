@@ -218,17 +218,24 @@ def epsilon_bounds(segments, delta) -> tuple[float, float]:
     return _pld_bounds(segments, delta)
 
 
-def epsilon(sample_rate, noise_multiplier, steps, delta, accountant="rdp") -> float:
-    """Smallest provable epsilon in nats at this delta after so many equal steps.
+def total_epsilon(segments, delta, accountant="rdp") -> float:
+    """Smallest provable epsilon in nats at this delta of segments [(sample_rate, noise_multiplier, steps), ...].
 
     By RDP (see epsilon_and_order) or by PLD (the upper one of epsilon_bounds: smaller, and slower to compute).
+    Raises ValueError as these do, and for an accountant not in ACCOUNTANTS.
+    """
+    _check(accountant=accountant)
+    return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta, False)[1]
+
+
+def epsilon(sample_rate, noise_multiplier, steps, delta, accountant="rdp") -> float:
+    """Smallest provable epsilon in nats at this delta after so many equal steps: see total_epsilon.
+
     sample_rate and delta are probabilities, noise_multiplier is in units of the sensitivity. Zero
     steps or sample_rate 0 release nothing: 0.0. Raises ValueError for bad arguments, which includes an
     accountant not in ACCOUNTANTS.
     """
-    _check(accountant=accountant)
-    segments = [(sample_rate, noise_multiplier, steps)]
-    return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta, False)[1]
+    return total_epsilon([(sample_rate, noise_multiplier, steps)], delta, accountant)
 
 
 def calibrate_noise(target_epsilon, delta, sample_rate, steps, accountant="rdp", spent=()) -> float:
@@ -251,8 +258,7 @@ def calibrate_noise(target_epsilon, delta, sample_rate, steps, accountant="rdp",
         low = max(high - 0.1, math.log(least))
 
     def total(log_sigma):
-        segments = [*spent, (sample_rate, math.exp(log_sigma), steps)]
-        return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta, False)[1]
+        return total_epsilon([*spent, (sample_rate, math.exp(log_sigma), steps)], delta, accountant)
 
     def excess(log_sigma):  # log-log is close to a straight line, which brentq follows in few steps
         return math.log(max(total(log_sigma), 1e-300) / target_epsilon)
