@@ -36,7 +36,15 @@ import accountant
 import dp_sgd
 import train
 from config import Config, Parser, one_line_errors
-from dp_sgd import PrivacyPlan, Tensors, clipped_gradient_sum, noisy_gradient, per_example_gradients, poisson_sample
+from dp_sgd import (
+    PrivacyPlan,
+    Tensors,
+    add_noise,
+    clipped_gradient_sum,
+    noisy_gradient,
+    per_example_gradients,
+    poisson_sample,
+)
 from ldm import LatentDiffusion, noise_draws
 from unet import private_parameter_names
 
@@ -180,13 +188,6 @@ def audit_noise_source(new_generator: Callable, plan: PrivacyPlan) -> tuple[floa
 
 
 # ---- broken variants: mistakes that train just as well ----------------------------------------------------
-
-def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
-    """What noisy_gradient does after clipping, for variants that clip otherwise."""
-    std = plan.noise_multiplier * plan.max_grad_norm
-    return {name: (s + std * torch.from_numpy(rng.standard_normal(s.shape, dtype=np.float32)))
-            / (plan.expected_batch * plan.max_grad_norm) for name, s in total.items()}
-
 
 def with_another_plan(change: Callable) -> Callable:
     """noisy_gradient, misled: change(plan, B) is the plan that it is given for a batch of B examples."""

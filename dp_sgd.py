@@ -5,7 +5,7 @@ One logical step, with N examples, sample_rate q, noise multiplier sigma, clippi
     B   = each example independently with probability q                        poisson_sample
     g_i = gradient of example i's loss, averaged over its K noise draws        per_example_gradients
     s   = sum over i in B of g_i * min(1, C / ||g_i||)                         clipped_gradient_sum
-    g   = (s + N(0, (sigma C)^2 I)) / (q N C)                                  noisy_gradient
+    g   = (s + N(0, (sigma C)^2 I)) / (q N C)                                  add_noise
 
 Adding or removing one example changes s by at most C, and nothing else: the step is one Poisson-subsampled
 Gaussian mechanism, which accountant.py composes. The divisor is the *expected* batch size q N, a constant:
@@ -98,9 +98,7 @@ def spent_epsilon(ledger: Sequence[dict], delta: float, rule: str = "rdp") -> fl
 
     Private data sets may overlap, so the budgets of runs on different ones add up too.
     """
-    if rule == "rdp":
-        return accountant.epsilon_and_order(segments(ledger), delta)[0]
-    return accountant.epsilon_bounds(segments(ledger), delta)[1]
+    return accountant.total_epsilon(segments(ledger), delta, rule)
 
 
 def all_epsilons(ledger: Sequence[dict], delta: float) -> dict[str, float]:
@@ -112,16 +110,22 @@ def all_epsilons(ledger: Sequence[dict], delta: float) -> dict[str, float]:
     return found
 
 
-def refuse_overspending(ledger: Sequence[dict], plan: PrivacyPlan, target_epsilon: float, rule: str = "rdp") -> None:
-    """ValueError, with what remains, if the plan's steps after those of the ledger would pass the target."""
+def refuse_overspending(ledger: Sequence[dict], plan: PrivacyPlan, target_epsilon: float, rule: str = "rdp") -> float:
+    """Epsilon of the ledger's steps and the plan's. ValueError, with what remains, if it would pass the target."""
     total = spent_epsilon([*ledger, ledger_entry(plan, plan.steps)], plan.delta, rule)
     if total > target_epsilon * (1 + 1e-9):
         remains = max(0.0, target_epsilon - spent_epsilon(ledger, plan.delta, rule))
         raise ValueError(f"{plan.steps} steps would bring epsilon to {total:.4f} at delta {plan.delta:g}, past the "
                          f"budget of {target_epsilon:g}, of which {remains:.4f} remains")
+    return total
 
 
-def write_privacy_json(path: Path, checkpoint: Path, ledger: Sequence[dict], delta: float) -> None:
+def privacy_json(checkpoint: Path) -> Path:
+    """Where the readable ledger of a checkpoint lies: beside it."""
+    return checkpoint.with_suffix(".privacy.json")
+
+
+def write_privacy_json(checkpoint: Path, ledger: Sequence[dict], delta: float) -> None:
     """The ledger of a checkpoint for people to read, with epsilon as it follows from it. No program reads it."""
     seeded = any("insecure_noise_seed" in entry for entry in ledger)
     facts = {"checkpoint": checkpoint.name,
@@ -129,7 +133,7 @@ def write_privacy_json(path: Path, checkpoint: Path, ledger: Sequence[dict], del
                           f"(epsilon, delta)-differential privacy; neighbours: {NEIGHBOURS}",
              "epsilon": all_epsilons(ledger, delta),
              "delta": delta, "ledger": list(ledger)}
-    with atomic_write(path) as file:
+    with atomic_write(privacy_json(checkpoint)) as file:
         file.write(json.dumps(facts, indent=2).encode() + b"\n")
 
 
@@ -178,17 +182,21 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
     return total
 
 
-def noisy_gradient(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...], plan: PrivacyPlan,
-                   chunk: int, rng: np.random.Generator) -> Tensors:
-    """The private gradient of one logical step, in units of C: all that an optimiser may see of `batch`.
+def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
+    """The clipped sum with its noise, divided by the expected batch and by C; `total` is overwritten.
 
-    ValueError if it is not finite.
+    ValueError if the noisy sum is not finite: asked of the exact sum, the answer would not be private.
     """
-    total = clipped_gradient_sum(loss_fn, parameters, batch, plan.max_grad_norm, chunk)
     std = plan.noise_multiplier * plan.max_grad_norm
     for name, s in total.items():
         noise = torch.from_numpy(rng.standard_normal(s.shape, dtype=np.float32))
         s += std * noise.to(s.device)
-        if not s.isfinite().all():   # asked of the noisy sum: an answer about the exact one would not be private
+        if not s.isfinite().all():
             raise ValueError(f"the noisy sum of clipped gradients of {name} is not finite: training has diverged")
     return {name: s / (plan.expected_batch * plan.max_grad_norm) for name, s in total.items()}
+
+
+def noisy_gradient(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...], plan: PrivacyPlan,
+                   chunk: int, rng: np.random.Generator) -> Tensors:
+    """The private gradient of one logical step, in units of C: all that an optimiser may see of `batch`."""
+    return add_noise(clipped_gradient_sum(loss_fn, parameters, batch, plan.max_grad_norm, chunk), plan, rng)

@@ -24,7 +24,7 @@ from tqdm import trange
 import data
 import dp_sgd
 from config import Config, one_line_errors, parse_args
-from dp_sgd import PrivacyPlan, make_plan, noisy_gradient, poisson_sample, secure_generator
+from dp_sgd import PrivacyPlan, Tensors, make_plan, noisy_gradient, poisson_sample, secure_generator
 from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint
 from unet import private_parameter_names
 from vae import AutoencoderKL
@@ -113,6 +113,25 @@ def run_public(config: Config, target: Path) -> None:
 
 # ---- private stage ---------------------------------------------------------------------------------
 
+def scale_embedder(parameters: Tensors, factor: float) -> Tensors:
+    """The parameters, those of the embedder multiplied by `factor`; the others are not copied.
+
+    On public data the embedder's gradient is some 50 times smaller than that of the attention modules, so
+    under one joint norm the noise would drown it, and with it the classes. Training embedder / embedder_scale
+    instead, a fixed change of variables before clipping, multiplies its gradient and costs no privacy.
+    """
+    return {name: p * factor if name.startswith("embedder.") else p for name, p in parameters.items()}
+
+
+def restore(state: dict, parameters: Tensors, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
+    """Put everything back as train_private kept it."""
+    for name, p in parameters.items():
+        p.copy_(state["parameters"][name])
+        ema.shadow[name].copy_(state["ema"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    ema.step = state["steps"]
+
+
 def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, names: list[str],
                   plan: PrivacyPlan, config: Config, state: dict | None = None,
                   keep: Callable[[dict], None] = lambda state: None) -> None:
@@ -120,40 +139,28 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
 
     Every save_every steps `keep(state)` is called; a later call with that state goes on from there.
     KeyboardInterrupt after Ctrl-C, once the running step is done and kept.
-
-    On public data the embedder's gradient is some 50 times smaller than that of the attention modules, so
-    under one joint norm the noise would drown it, and with it the classes. Training embedder / embedder_scale
-    instead, a fixed change of variables before clipping, multiplies its gradient and costs no privacy.
     """
     model.requires_grad_(False)
-    scale = {name: config.embedder_scale if name.startswith("embedder.") else 1.0 for name in names}
-    parameters = {name: model.get_parameter(name) / scale[name] for name in names}
+    parameters = scale_embedder({name: model.get_parameter(name).clone() for name in names}, 1 / config.embedder_scale)
     optimizer = torch.optim.Adam(parameters.values(), lr=config.private_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
     if state:
-        for name in names:
-            parameters[name].copy_(state["parameters"][name])
-            ema.shadow[name].copy_(state["ema"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.step = state["steps"]
+        restore(state, parameters, optimizer, ema)
     rng = secure_generator(config.insecure_noise_seed + ema.step if config.insecure_noise_seed >= 0 else None)
 
-    def in_model_units(parameters):
-        # Leaves the others as they are: a product, even by 1, would pass over every per-example gradient again.
-        return {name: p if scale[name] == 1.0 else p * scale[name] for name, p in parameters.items()}
-
     def example_loss(parameters, z_0, t, eps, condition):   # the K noise draws of one example -> mean loss
-        return functional_call(model, in_model_units(parameters), (z_0, t, eps, condition)).mean()
+        in_model_units = scale_embedder(parameters, config.embedder_scale)
+        return functional_call(model, in_model_units, (z_0, t, eps, condition)).mean()
 
-    def keep_state():
-        model.load_state_dict(in_model_units(ema.shadow), strict=False)
-        keep(dict(steps=ema.step, parameters=parameters, ema=ema.shadow, optimizer=optimizer.state_dict()))
+    def set_model():
+        model.load_state_dict(scale_embedder(ema.shadow, config.embedder_scale), strict=False)
 
     progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
     with stop_after_step() as stop:
         for step in progress:
             if step % config.save_every == 0 or stop:
-                keep_state()
+                set_model()
+                keep(dict(steps=step, parameters=parameters, ema=ema.shadow, optimizer=optimizer.state_dict()))
             if stop:
                 raise KeyboardInterrupt(f"stopped after {step} of {plan.steps} steps: the same command with --resume "
                                         "goes on from here")
@@ -168,7 +175,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
             if config.show_private_loss and len(chosen):
                 loss = vmap(example_loss, in_dims=(None, 0, 0, 0, 0), chunk_size=config.chunk)(parameters, *batch)
                 progress.set_postfix(not_private_loss=f"{loss.mean().item():.3f}")
-    model.load_state_dict(in_model_units(ema.shadow), strict=False)
+    set_model()
 
 
 @contextmanager
@@ -188,8 +195,12 @@ def stop_after_step() -> Iterator[list]:
         signal.signal(signal.SIGINT, before)
 
 
-def unfinished_run(path: Path, config: Config, num_examples: int) -> tuple[LatentDiffusion, dict]:
-    """The model and facts of the interrupted run in `path`. ValueError if these flags would change its course."""
+# What a private run goes on from: model, plan, ledger of earlier runs, configuration of the public model, state.
+Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
+
+
+def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
+    """Where the interrupted run in `path` stands. ValueError if these flags would change its course."""
     model, facts = load_checkpoint(path)
     free = ("resume", "overwrite", "data_dir", "device", "chunk", "save_every", "show_private_loss", "sample_steps",
             "eta", "guidance")
@@ -200,43 +211,43 @@ def unfinished_run(path: Path, config: Config, num_examples: int) -> tuple[Laten
                              "go on with that, or give --overwrite to start anew")
     if facts["plan"]["num_examples"] != num_examples:
         raise ValueError(f"{path} was planned for {facts['plan']['num_examples']} examples, not {num_examples}")
-    return model, facts
+    print(f"going on with {path} after {facts['training']['steps']} steps")
+    return model, PrivacyPlan(**facts["plan"]), facts["ledger"][:-1], facts["public_config"], facts["training"]
 
 
-def starting_model(config: Config, public: Path, classes: list[str]) -> tuple[LatentDiffusion, dict]:
-    """The model of checkpoint `public`, with embeddings for the private classes, and the checkpoint's facts."""
-    if not public.exists():
-        if config.public_checkpoint:
-            raise ValueError(f"--public-checkpoint {public} does not exist")
+def new_run(config: Config, public: Path, num_examples: int, classes: list[str]) -> Start:
+    """A run from the checkpoint `public`, with embeddings for the private classes; it is trained if it is missing."""
+    if not public.exists() and config.public_checkpoint:
+        raise ValueError(f"--public-checkpoint {public} does not exist")
+    model, facts = load_checkpoint(public) if public.exists() else (None, {})
+    earlier = facts.get("ledger", [])
+    plan = make_plan(num_examples, config.expected_batch, config.epochs, config.max_grad_norm, config.eps,
+                     config.delta, config.accountant, earlier)   # a budget that cannot be met is refused by now
+    if model is None:
         print(f"there is no public model at {public} yet: running the public stage first")
         run_public(config, public)
-    model, facts = load_checkpoint(public)
-    if facts.get("public_config", facts["config"])["public_data"] == config.private_data:
+        model, facts = load_checkpoint(public)
+    public_config = facts.get("public_config", facts["config"])
+    if public_config["public_data"] == config.private_data:
         raise ValueError(f"{public} was trained on {config.private_data} without privacy")
     if model.architecture != config.architecture(model.architecture["num_classes"]):
         raise ValueError(f"{public} has another architecture than the flags ask for: "
                          "give the flags it was trained with, or another --out")
-    return replace_embedder(model, data.starting_classes(classes, facts["classes"]), len(classes)), facts
+    model = replace_embedder(model, data.starting_classes(classes, facts["classes"]), len(classes))
+    return model, plan, earlier, public_config, None
 
 
 def run_private(config: Config, public: Path, target: Path) -> None:
     """The private stage: fine-tune the model of checkpoint `public`; writes `target` and a grid of samples."""
     dataset = config.load_data(config.private_data)
     N, unfinished = len(dataset.images), target.with_suffix(".unfinished.pt")
-    earlier = load_checkpoint(public)[1].get("ledger", []) if public.exists() else []
-    plan = make_plan(N, config.expected_batch, config.epochs, config.max_grad_norm, config.eps, config.delta,
-                     config.accountant, earlier)
-    if config.resume and unfinished.exists():
-        model, facts = unfinished_run(unfinished, config, N)
-        plan, earlier, public_config = PrivacyPlan(**facts["plan"]), facts["ledger"][:-1], facts["public_config"]
-        print(f"going on with {unfinished} after {facts['training']['steps']} steps")
-    else:
-        model, facts = starting_model(config, public, dataset.classes)
-        public_config = facts.get("public_config", facts["config"])
-    dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
+    resumes = config.resume and unfinished.exists()
+    model, plan, earlier, public_config, state = (
+        interrupted_run(config, unfinished, N) if resumes else new_run(config, public, N, dataset.classes))
+    epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
     model.to(config.torch_device)
     names = private_parameter_names(model, config.attention_blocks)
-    announce(model, names, plan, earlier, config, public_config["public_data"])
+    announce(model, names, plan, epsilon, earlier, config, public_config["public_data"])
 
     def facts_after(steps: int) -> dict:
         ledger = [*earlier, dp_sgd.ledger_entry(plan, steps, config.insecure_noise_seed)]
@@ -248,28 +259,27 @@ def run_private(config: Config, public: Path, target: Path) -> None:
 
     moments = encode_all(model.vae, dataset.images, config.torch_device)
     train_private(model, moments, torch.from_numpy(dataset.labels).to(config.torch_device), names, plan, config,
-                  facts.get("training"), keep)
+                  state, keep)
     save_private(target, model, **facts_after(plan.steps))
-    for leftover in (unfinished, unfinished.with_suffix(".privacy.json")):
+    for leftover in (unfinished, dp_sgd.privacy_json(unfinished)):
         leftover.unlink(missing_ok=True)
     epsilons = dp_sgd.all_epsilons(facts_after(plan.steps)["ledger"], plan.delta)
     spent = ", ".join(f"{epsilon:.4f} ({rule.upper()})" for rule, epsilon in epsilons.items())
-    print(f"spent epsilon = {spent} at delta = {plan.delta:g}: see {target.with_suffix('.privacy.json')}")
+    print(f"spent epsilon = {spent} at delta = {plan.delta:g}: see {dp_sgd.privacy_json(target)}")
     save_samples(model, dataset.classes, config, target, title=f"eps = {config.eps:g}")
 
 
 def save_private(path: Path, model: LatentDiffusion, ledger: list[dict], plan: dict, **facts) -> None:
     """Write a checkpoint and its privacy.json; the latter first, so that no checkpoint is without one."""
-    dp_sgd.write_privacy_json(path.with_suffix(".privacy.json"), path, ledger, plan["delta"])
+    dp_sgd.write_privacy_json(path, ledger, plan["delta"])
     save_checkpoint(path, model, ledger=ledger, plan=plan, **facts)
 
 
-def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, earlier: list[dict], config: Config,
-             public_data: str) -> None:
+def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilon: float, earlier: list[dict],
+             config: Config, public_data: str) -> None:
     """Say, before the first step, what the private stage will do and spend."""
     trained = count(map(model.get_parameter, names))
     total = count(model.unet.parameters()) + count(model.embedder.parameters())
-    epsilon = dp_sgd.spent_epsilon([*earlier, dp_sgd.ledger_entry(plan, plan.steps)], plan.delta, config.accountant)
     print(f"private stage: N = {plan.num_examples:,}, sample rate {plan.sample_rate:.5f}, {plan.steps:,} steps, "
           f"sigma = {plan.noise_multiplier:.4f}, C = {plan.max_grad_norm:g}\n"
           f"spends epsilon = {epsilon:.4f} at delta = {plan.delta:g} ({config.accountant.upper()}); "

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import refuse
 
 import accountant
 import dp_sgd
@@ -58,13 +59,9 @@ def run(public: Path, out: Path, *more) -> None:
         train.main(arguments(public, out, *more))
 
 
-def refused(capsys, *what) -> str:
+def refused(capsys, public: Path, out: Path, *more) -> str:
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(*what)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
-    return message
+    return refuse(capsys, train, arguments(public, out, *more))
 
 
 @pytest.fixture
@@ -178,12 +175,11 @@ def test_a_crashed_run_goes_on_to_exactly_the_planned_steps(public, tmp_path, in
     assert not list(tmp_path.glob("*unfinished*"))
 
 
-def test_a_resumed_run_equals_an_unbroken_one(public, tmp_path, interrupt, monkeypatch):
+def test_a_resumed_run_equals_an_unbroken_one(public, tmp_path, monkeypatch):
     """Without noise and with every example in every batch, what is left of randomness is made a constant."""
     monkeypatch.setattr(train, "poisson_sample", lambda plan, rng: torch.arange(plan.num_examples))
     draws = train.noise_draws
     monkeypatch.setattr(train, "noise_draws", lambda *a: draws(*a[:-1], np.random.default_rng(0)))
-    monkeypatch.setattr(dp_sgd, "make_plan", None)
     plan = train.make_plan
     monkeypatch.setattr(train, "make_plan", lambda *a: dataclasses.replace(plan(*a), noise_multiplier=1e6))
     sums = dp_sgd.noisy_gradient
@@ -304,9 +300,8 @@ def everything_written(folder: Path) -> dict:
             for p in folder.iterdir()}
 
 
-def test_without_gradients_private_data_changes_no_file(public, tmp_path, interrupt, monkeypatch, capsys):
+def test_without_gradients_private_data_changes_no_file(public, tmp_path, monkeypatch, capsys):
     """All that a run writes or prints follows from the noisy gradients: take them away, and it is constant."""
-    gradient = train.noisy_gradient
     monkeypatch.setattr(train, "noisy_gradient", lambda loss, parameters, *a: {
         n: torch.zeros_like(p) for n, p in parameters.items()})
     written, printed = [], []
@@ -321,7 +316,7 @@ def test_without_gradients_private_data_changes_no_file(public, tmp_path, interr
         written.append(everything_written(tmp_path / "out"))
         (tmp_path / "images").rename(tmp_path / str(seed) / "used")
         (tmp_path / "out").rename(tmp_path / str(seed) / "out")
-    assert gradient and len(written[0]) == 4 and written[0] == written[1]
+    assert len(written[0]) == 4 and written[0] == written[1]
     assert printed[0] == printed[1]
 
 
