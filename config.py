@@ -39,11 +39,11 @@ class Config:
     image_size: int = option(32, "images are this high and wide")
     channels: int = option(1, "1 for grey, 3 for colour")
     vae_channels: int = option(8, "width of the autoencoder's first level")
-    vae_mult: tuple[int, ...] = option((1, 1, 2, 4), "width multiplier of each level; all but the first halve the size")
+    vae_mult: tuple[int, ...] = option((1, 1, 3, 6), "width multiplier of each level; all but the first halve the size")
     latent_channels: int = option(8, "channels of the latents")
     vae_steps: int = option(3_000, "optimiser steps of the autoencoder")
-    vae_batch: int = option(32, "images per autoencoder step")
-    vae_lr: float = option(3e-3, "the autoencoder's learning rate")
+    vae_batch: int = option(16, "images per autoencoder step")
+    vae_lr: float = option(8e-3, "the autoencoder's learning rate")
     kl_weight: float = option(5e-4, "weight of the KL term per latent number")
     # diffusion model
     unet_channels: int = option(32, "width of the U-Net's first level")
@@ -131,9 +131,9 @@ class Config:
 
 
 PRESETS = {
-    # Four latent channels and a stronger KL term: such latents are learnt in the minutes that a demo has.
-    "glyphs": dict(vae_steps=800, latent_channels=4, kl_weight=2e-3, unet_channels=48, unet_mult=(1,),
-                   attention_resolutions=(1,), public_steps=1_100, public_batch=128, public_lr=4e-3,
+    # Six latent channels and a stronger KL term: such latents are learnt in the minutes that a demo has.
+    "glyphs": dict(vae_steps=2_200, latent_channels=6, kl_weight=2e-3, unet_channels=48, unet_mult=(1,),
+                   attention_resolutions=(1,), public_steps=1_400, public_batch=128, public_lr=4e-3,
                    expected_batch=256, epochs=1.5, private_lr=4e-3),
     "mnist": dict(private_data="mnist", data_dir="data/mnist"),
 }
