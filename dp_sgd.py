@@ -4,7 +4,8 @@ One logical step, with N examples, sample_rate q, noise multiplier sigma, clippi
 
     B   = each example independently with probability q                        poisson_sample
     g_i = gradient of example i's loss, averaged over its K noise draws        per_example_gradients
-    s   = sum over i in B of g_i * min(1, C / ||g_i||)                         clipped_gradient_sum
+    s   = sum over i in B of g_i * min(1, C / ||g_i||)                         clipped_gradient_sum, or
+                                                                               ghost_gradient_sum
     g   = (s + N(0, (sigma C)^2 I)) / (q N C)                                  add_noise
 
 Adding or removing one example changes s by at most C, and nothing else: the step is one Poisson-subsampled
@@ -16,15 +17,18 @@ and keeps the numbers far above Adam's epsilon.
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
-from torch.func import grad, vmap
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
 
 import accountant
 from data import atomic_write
@@ -168,7 +172,10 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
 
     At most `chunk` examples' gradients are in memory at a time. An empty batch sums to zero. An example
     whose gradient is not finite is left out: no weight could bring it within C of nothing.
+    Where loss_fn is a module, ghost_gradient_sum computes the same sum.
     """
+    if isinstance(loss_fn, nn.Module):
+        return ghost_gradient_sum(loss_fn, parameters, batch, max_grad_norm, chunk)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     if len(batch[0]) == 0:   # vmap refuses an empty batch
         return total
@@ -181,6 +188,133 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
             total[name] += torch.tensordot(weights, g if finite.all() else g[finite], dims=1)
     return total
 
+
+# ---- ghost clipping with book-keeping: the same sum, without a gradient per example ---------------------
+
+def ghost_gradient_sum(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
+                       max_grad_norm: float, chunk: int) -> Tensors:
+    """What clipped_gradient_sum returns for example i's loss = mean over its K draws of model(*draws), [B, K, ...].
+
+    Let a linear layer y_t = W x_t + b be called for t = 1 ... T: all tokens or pixels of all draws of one
+    example, and all calls. With g_t = the gradient of the example's loss in y_t (Goodfellow 2015, arXiv 1510.01799;
+    Li et al. 2022, arXiv 2110.05679; Bu et al. 2023, arXiv 2210.00038):
+
+        gradient of W     G_i = sum_t g_t x_t^T                              of b   sum_t g_t
+        its norm          ||G_i||^2 = sum_{t,s} (x_t . x_s) (g_t . g_s)      two T x T matrices, no G_i
+        the clipped sum   sum_i w_i G_i = sum_{i,t} (w_i g_t) x_t^T          one matrix product for all examples
+
+    A normalisation y_t = w * x_t + b, x_t its normalised input, has the gradients sum_t g_t * x_t and sum_t g_t.
+    An embedding is a linear layer whose x_t are one-hot. So one forward and one backward pass, which computes
+    no gradient of a weight, give the x_t and g_t that norms and sums are made of.
+    """
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if len(batch[0]) == 0:
+        return total
+    for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
+        kept = factored_gradients(model, parameters, part)
+        norms = sum(map(squared_norms, kept.values())).clamp(min=0).sqrt()
+        finite = norms.isfinite()
+        weights = (max_grad_norm / norms[finite]).clamp(max=1.0)
+        for name, factors in kept.items():
+            if not finite.all():
+                factors = [v[finite] for v in factors]
+            total[name] += weighted_sum(factors, weights, total[name].shape)
+    return total
+
+
+def ghost_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """{path: layer} of the layers that own the parameters `names`. ValueError naming a layer without a rule."""
+    layers = {}
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        layer = layers[path] = model.get_submodule(path)
+        pointwise = (isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
+                     and {*layer.kernel_size, *layer.stride} == {1} and {*layer.padding} == {0})
+        one_axis = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1
+        table = isinstance(layer, nn.Embedding) and layer.padding_idx is None and not layer.scale_grad_by_freq
+        if not (isinstance(layer, nn.Linear | nn.GroupNorm) or pointwise or one_axis or table):
+            raise ValueError(f"the ghost engine has no rule for the layer {path}, {layer}: give --engine func")
+    return layers
+
+
+def factored_gradients(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...]) -> dict[str, list]:
+    """{name: [x [B, T, inputs], g [B, T, outputs]]}, of biases and normalisations {name: [gradient [B, size]]}.
+
+    Each layer's part is taken as soon as the backward pass has come to it, so that its output can be freed.
+    """
+    B, K = batch[0].shape[:2]
+    found = {name: [] for name in parameters}   # one entry per call of the layer
+
+    def keep(layer, path, x, g):
+        x, g = by_example(layer, x, g, B)
+        if (weight := f"{path}.weight") in found:
+            found[weight].append([(x * g).sum(1)] if isinstance(layer, nn.LayerNorm | nn.GroupNorm) else [x, g])
+        if (bias := f"{path}.bias") in found:
+            found[bias].append([g.sum(1)])
+
+    def watch(layer, arguments, output, path):
+        if not output.requires_grad:   # nothing before it is trained: the graph begins here
+            output.requires_grad_()
+        output.register_hook(partial(keep, layer, path, arguments[0].detach()))
+
+    hooks = [layer.register_forward_hook(partial(watch, path=path))
+             for path, layer in ghost_layers(model, parameters).items()]
+    try:
+        losses = functional_call(model, parameters, tuple(x.flatten(0, 1) for x in batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (losses.sum() / K).backward()
+    return {name: joined(entries) for name, entries in found.items() if entries}
+
+
+def joined(entries: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The calls of one layer as if they were one: tokens one after the other, gradients of vectors added up."""
+    if len(entries) == 1:
+        return entries[0]
+    if len(entries[0]) == 1:
+        return [sum(v for v, in entries)]
+    return [torch.cat(tensors, dim=1) for tensors in zip(*entries, strict=True)]
+
+
+def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's input and output gradient [B*K, ...] as x and g [B, T, features]; an Embedding's x is int [B, T]."""
+    if isinstance(layer, nn.Embedding):
+        return x.reshape(B, -1), g.reshape(B, -1, g.shape[-1])
+    if isinstance(layer, nn.LayerNorm):
+        x = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    elif isinstance(layer, nn.GroupNorm):
+        x = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.GroupNorm):   # channels come second
+        x, g = (v.flatten(2).transpose(1, 2) for v in (x, g))
+    return x.reshape(B, -1, x.shape[-1]), g.reshape(B, -1, g.shape[-1])
+
+
+def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
+    """||gradient||^2 [B] of one parameter, see factored_gradients."""
+    if len(factors) == 1:
+        return factors[0].square().sum(1)
+    x, g = factors
+    if x.dim() == 2:   # indices
+        return ((x[:, :, None] == x[:, None, :]) * (g @ g.mT)).sum((1, 2))
+    T, inputs, outputs = *x.shape[1:], g.shape[2]
+    if T * (inputs + outputs) <= inputs * outputs:   # the cheaper way
+        return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
+    return (g.mT @ x).square().sum((1, 2))
+
+
+def weighted_sum(factors: list[torch.Tensor], weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """sum_i weights_i gradient_i of one parameter of this shape."""
+    if len(factors) == 1:
+        return (weights @ factors[0]).reshape(shape)
+    x, g = factors
+    weights = weights[:, None, None]
+    if x.dim() == 2:
+        return g.new_zeros(shape).index_add_(0, x.flatten(), (weights * g).flatten(0, 1))
+    x, g = (weights * x, g) if x.shape[2] < g.shape[2] else (x, weights * g)   # the shorter product
+    return (g.flatten(0, 1).T @ x.flatten(0, 1)).reshape(shape)
+
+
+# ---- noise --------------------------------------------------------------------------------------------------
 
 def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
     """The clipped sum with its noise, divided by the expected batch and by C; `total` is overwritten.

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 from tqdm import trange
 
 import data
@@ -114,16 +114,6 @@ def run_public(config: Config, target: Path) -> None:
 
 # ---- private stage ---------------------------------------------------------------------------------
 
-def scale_embedder(parameters: Tensors, factor: float) -> Tensors:
-    """The parameters, those of the embedder multiplied by `factor`; the others are not copied.
-
-    On public data the embedder's gradient is some 50 times smaller than that of the attention modules, so
-    under one joint norm the noise would drown it, and with it the classes. Training embedder / embedder_scale
-    instead, a fixed change of variables before clipping, multiplies its gradient and costs no privacy.
-    """
-    return {name: p * factor if name.startswith("embedder.") else p for name, p in parameters.items()}
-
-
 def restore(state: dict, parameters: Tensors, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
     """Put everything back as train_private kept it."""
     for name, p in parameters.items():
@@ -142,41 +132,39 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     KeyboardInterrupt after Ctrl-C, once the running step is done and kept.
     """
     model.requires_grad_(False)
-    parameters = scale_embedder({name: model.get_parameter(name).clone() for name in names}, 1 / config.embedder_scale)
+    model.embedder.rescale(config.embedder_scale)
+    parameters = {name: model.get_parameter(name).clone() for name in names}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.private_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
     if state:
         restore(state, parameters, optimizer, ema)
     rng = secure_generator(config.insecure_noise_seed + ema.step if config.insecure_noise_seed >= 0 else None)
 
-    def example_loss(parameters, z_0, t, eps, condition):   # the K noise draws of one example -> mean loss
-        in_model_units = scale_embedder(parameters, config.embedder_scale)
-        return functional_call(model, in_model_units, (z_0, t, eps, condition)).mean()
+    def example_loss(parameters, *draws):   # the K noise draws of one example -> mean loss
+        return functional_call(model, parameters, draws).mean()
 
-    def set_model():
-        model.load_state_dict(scale_embedder(ema.shadow, config.embedder_scale), strict=False)
-
+    loss = model if config.engine == "ghost" else example_loss
     progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
     with stop_after_step() as stop:
         for step in progress:
             if step % config.save_every == 0 or stop:
-                set_model()
+                model.load_state_dict(ema.shadow, strict=False)
                 keep(dict(steps=step, parameters=parameters, ema=ema.shadow, optimizer=optimizer.state_dict()))
             if stop:
                 raise KeyboardInterrupt(f"stopped after {step} of {plan.steps} steps: the same command with --resume "
                                         "goes on from here")
             chosen = poisson_sample(plan, rng).to(moments.device)
             batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng)
-            gradient = noisy_gradient(example_loss, parameters, batch, plan, config.chunk, rng)
+            gradient = noisy_gradient(loss, parameters, batch, plan, config.chunk, rng)
             for name, p in parameters.items():
                 p.grad = gradient[name]
             optimizer.param_groups[0]["lr"] = config.private_lr * lr_at(step, plan.steps)
             optimizer.step()
             ema.update(parameters)
             if config.show_private_loss and len(chosen):
-                loss = vmap(example_loss, in_dims=(None, 0, 0, 0, 0), chunk_size=config.chunk)(parameters, *batch)
-                progress.set_postfix(not_private_loss=f"{loss.mean().item():.3f}")
-    set_model()
+                some = functional_call(model, parameters, tuple(x[:config.chunk].flatten(0, 1) for x in batch))
+                progress.set_postfix(not_private_loss=f"{some.mean().item():.3f}")
+    model.load_state_dict(ema.shadow, strict=False)
 
 
 @contextmanager
@@ -203,8 +191,8 @@ Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
 def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
     """Where the interrupted run in `path` stands. ValueError if these flags would change its course."""
     model, facts = load_checkpoint(path)
-    free = ("resume", "overwrite", "data_dir", "device", "chunk", "save_every", "show_private_loss", "sample_steps",
-            "eta", "guidance")
+    free = ("resume", "overwrite", "data_dir", "device", "engine", "chunk", "save_every", "show_private_loss",
+            "sample_steps", "eta", "guidance")
     for name, value in dataclasses.asdict(config).items():
         if name not in free and facts["config"].get(name) != value:
             flag, planned = "--" + name.replace("_", "-"), facts["config"].get(name)
@@ -248,6 +236,8 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
     model.to(config.torch_device)
     names = private_parameter_names(model, config.attention_blocks)
+    if config.engine == "ghost":
+        dp_sgd.ghost_layers(model, names)   # complains now rather than after the announcement
     announce(model, names, plan, epsilon, earlier, config, public_config["public_data"])
 
     def facts_after(steps: int) -> dict:

@@ -20,7 +20,7 @@ from ldm import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--vae-channels 8 --vae-mult 1 1 2 --latent-channels 4 --vae-steps 2 --vae-batch 4 --unet-channels 16 "
-        "--attention-resolutions 1 2 --num-heads 2 --context-dim 8 --public-steps 3 --public-batch 8 "
+        "--unet-mult 1 2 --attention-resolutions 1 2 --num-heads 2 --context-dim 8 --public-steps 3 --public-batch 8 "
         "--epochs 0.2 --expected-batch 10 --sample-steps 2 --device cpu").split()
 
 

@@ -32,7 +32,7 @@ from unet import UNet, private_parameter_names
 
 TINY = train.Config(image_size=8, vae_channels=8, vae_mult=(1, 2), latent_channels=4, unet_channels=16,
                     unet_mult=(1, 2), attention_resolutions=(2,), num_heads=2, context_dim=8,
-                    embedder_scale=7.0, device="cpu", sample_steps=1, chunk=3)
+                    embedder_scale=7.0, device="cpu", sample_steps=1, chunk=3, engine="func")
 NUM_CLASSES = 3
 
 # What private_parameter_names should find in that model, written out by hand.
@@ -46,6 +46,7 @@ TRANSFORMER = {"norm.weight", "norm.bias", "proj_in.weight", "proj_in.bias", "pr
 WITHOUT_EFFECT = {"transformer_blocks.0." + name for name in (
     "attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")}
 EMBEDDER = {"embedder.embedding.weight"}
+SCALE = {"embedder.scale"}   # no parameter: the unit that the embedder is trained in
 
 
 def parameters_of(modules: list[str], names: set[str]) -> set[str]:
@@ -171,7 +172,7 @@ def test_per_example_gradients_are_those_of_one_backward_pass_per_example(K, pri
     ours = per_example_gradients(loss_fn, parameters, batch)
     ours = torch.cat([g.flatten(1) for g in ours.values()], dim=1)
     assert ours.abs().max() > 1e-3
-    torch.testing.assert_close(ours, gradients_one_by_one(model, names, batch), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours, gradients_one_by_one(tiny_model(), names, batch), rtol=1e-10, atol=1e-10)
 
 
 def test_no_layer_computes_statistics_over_the_batch():
@@ -483,8 +484,9 @@ def test_the_batches_of_a_private_run_do_not_follow_the_seed(private_calls):
 
 # ---- the private run as a whole -------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("engine", ["func", "ghost"])
 @pytest.mark.parametrize("K", [1, 3])
-def test_a_private_step_without_noise_is_the_textbook_formula(K, private_calls, optimizer_steps, monkeypatch):
+def test_a_private_step_without_noise_is_the_textbook_formula(K, engine, private_calls, optimizer_steps, monkeypatch):
     """sum_i clip(mean over K draws of the gradient) / (expected batch * C), by one backward pass per draw."""
     monkeypatch.setattr(train, "secure_generator", lambda seed: np.random.default_rng(0))   # the same draws at each C
 
@@ -494,7 +496,7 @@ def test_a_private_step_without_noise_is_the_textbook_formula(K, private_calls, 
         seed_everything()
         model, plan = tiny_model(), make(sigma=0.0, C=C, N=5, expected_batch=5)
         names = private_parameter_names(model)
-        train.train_private(model, *tiny_data(5), names, plan, dataclasses.replace(TINY, noise_draws=K))
+        train.train_private(model, *tiny_data(5), names, plan, dataclasses.replace(TINY, noise_draws=K, engine=engine))
         _, _, batch, used_plan = private_calls[0]
         assert used_plan is plan
         assert batch[0].shape[:2] == (5, K)   # more draws are not more examples
@@ -530,7 +532,7 @@ def test_exactly_the_chosen_parameters_change(blocks, modules):
     train.train_private(model, *tiny_data(4), names, make(0.7, N=4, expected_batch=4, steps=2), TINY)
     after = model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == parameters_of(modules, TRANSFORMER) | EMBEDDER
+    assert changed == parameters_of(modules, TRANSFORMER) | EMBEDDER | SCALE
 
 
 def test_a_whole_private_run_follows_the_plan_that_it_reports(tmp_path, optimizer_steps):
@@ -551,7 +553,7 @@ def test_a_whole_private_run_follows_the_plan_that_it_reports(tmp_path, optimize
     assert 0.999 * 3.0 <= plan.epsilon <= 3.0
     before, after = public.state_dict(), private[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == parameters_of(ATTENTION, TRANSFORMER) | EMBEDDER
+    assert changed == parameters_of(ATTENTION, TRANSFORMER) | EMBEDDER | SCALE
 
 
 # ---- which parameters are trained ------------------------------------------------------------------------------

@@ -706,6 +706,20 @@ def test_new_classes_start_as_chosen_public_ones(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_rescaling_the_embedder_changes_its_gradient_and_not_what_it_embeds(model):
+    labels = torch.tensor([2, 0, 2])
+    tokens = model.embedder(labels)
+    (gradient,) = torch.autograd.grad(tokens.square().sum(), model.embedder.embedding.weight)
+    for scale in (30.0, 4.0):
+        model.embedder.rescale(scale)
+        again = model.embedder(labels)
+        torch.testing.assert_close(again, tokens)
+        (scaled,) = torch.autograd.grad(again.square().sum(), model.embedder.embedding.weight)
+        torch.testing.assert_close(scaled, scale * gradient)
+    new = ldm.replace_embedder(model, [1, 1], 2)
+    torch.testing.assert_close(new.embedder(torch.tensor([0])), model.embedder(torch.tensor([1])))
+
+
 def test_new_classes_start_as_the_mean_without_a_choice(model):
     rows = replace_embedder(model, None, 2).embedder.embedding.weight
     old = model.embedder.embedding.weight

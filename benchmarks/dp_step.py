@@ -1,0 +1,177 @@
+"""What a private step costs: speed and memory of the clipped gradient sum, by every engine and by Opacus.
+
+    python benchmarks/dp_step.py                                  # the small models: minutes
+    python benchmarks/dp_step.py --models celeba64 celebahq256    # the large ones, in chunks
+
+Each engine runs in a process of its own, one after the other, with the same model, batch and threads, in --rounds
+turns of which the fastest counts: a machine's speed drifts, and other work can only slow it down. "ordinary" is a
+step without privacy: one backward pass to the same parameters. Memory is the peak above that of the loaded model.
+The Opacus rows need `pip install opacus`. The models are DP-LDM's (and the presets of this repository).
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.func import functional_call  # noqa: E402
+
+from config import PRESETS, Config  # noqa: E402
+from dp_sgd import clipped_gradient_sum  # noqa: E402
+from ldm import ClassEmbedder, make_alphas_cumprod, q_sample  # noqa: E402
+from unet import UNet, private_parameter_names  # noqa: E402
+
+PRESET = Config(**PRESETS["mnist"]).architecture(10)["unet"]
+# name: (arguments of UNet, latent size, examples per step, examples per chunk)
+MODELS = {
+    "mnist": (PRESET, 4, 128, 128),
+    "mnist-paper": (dict(in_channels=3, out_channels=3, model_channels=64, num_res_blocks=1,
+                         attention_resolutions=[1, 2], channel_mult=[1, 2], num_heads=4, context_dim=5,
+                         use_scale_shift_norm=True, resblock_updown=True), 4, 128, 128),
+    "cifar10": (dict(in_channels=3, out_channels=3, model_channels=128, num_res_blocks=2,
+                     attention_resolutions=[1, 2, 4], channel_mult=[1, 2, 2, 4], num_heads=8, context_dim=512),
+                16, 16, 16),
+    "celeba64": (dict(in_channels=3, out_channels=3, model_channels=128, num_res_blocks=2,
+                      attention_resolutions=[4, 2, 1], channel_mult=[1, 2, 4], num_heads=8,
+                      use_scale_shift_norm=True, resblock_updown=True), 32, 8, 8),
+    "celebahq256": (dict(in_channels=3, out_channels=3, model_channels=192, num_res_blocks=2,
+                         attention_resolutions=[8, 4, 2], channel_mult=[1, 2, 3, 5], num_heads=1, context_dim=512),
+                    64, 2, 1),
+}
+ENGINES = ["ordinary", "func", "ghost", "opacus-hooks", "opacus-ghost"]
+
+
+class Model(nn.Module):
+    """U-Net, embedder and loss, called as ldm.LatentDiffusion is."""
+
+    def __init__(self, unet: dict):
+        super().__init__()
+        self.unet = UNet(**unet)
+        if unet.get("context_dim"):
+            self.embedder = ClassEmbedder(10, unet["context_dim"])
+        self.register_buffer("alphas_cumprod", make_alphas_cumprod(0.0015, 0.0195).float())
+
+    def forward(self, z_0, t, eps, condition):
+        context = self.embedder(condition) if hasattr(self, "embedder") else None
+        eps_hat = self.unet(q_sample(self.alphas_cumprod, z_0, t, eps), t, context)
+        return (eps_hat - eps).square().flatten(1).mean(dim=1)
+
+
+def make_step(engine: str, model: Model, names: list[str], batch: tuple, chunk: int):
+    """A function without arguments that computes the (clipped) gradient sum of `batch`, tensors [B, 1, ...]."""
+    def chunks():
+        return zip(*(x.flatten(0, 1).split(chunk) for x in batch))
+
+    model.requires_grad_(False)
+    if engine in ("func", "ghost"):
+        parameters = {name: model.get_parameter(name) for name in names}
+
+        def loss(parameters, *draws):
+            return functional_call(model, parameters, draws).mean()
+        return partial(clipped_gradient_sum, loss if engine == "func" else model, parameters, batch, 1.0, chunk)
+
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if engine == "ordinary":
+        def step():
+            for part in chunks():
+                model(*part).sum().backward()
+        return step
+
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+    settings = dict(noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=len(batch[0]))
+    if engine == "opacus-hooks":
+        wrapped = GradSampleModule(model, loss_reduction="sum")
+        optimizer = DPOptimizer(torch.optim.SGD(trained, lr=0.0), **settings)
+
+        def step():
+            for part in chunks():
+                wrapped(*part).sum().backward()
+                optimizer.clip_and_accumulate()
+                for p in trained:
+                    p.grad_sample = None
+        return step
+    wrapped = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=1.0)
+    optimizer = DPOptimizerFastGradientClipping(torch.optim.SGD(trained, lr=0.0), **settings)
+
+    def step():
+        for part in chunks():
+            wrapped.enable_hooks()
+            DPTensorFastGradientClipping(wrapped, optimizer, wrapped(*part), "sum").backward()
+            optimizer.accumulate()
+    return step
+
+
+def memory(device: str) -> int:
+    """Peak bytes so far."""
+    return (torch.cuda.max_memory_allocated() if device == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def measure(engine: str, name: str, device: str, seconds: float) -> dict:
+    """{rate: examples/s, bytes}: the fastest step of at least three within `seconds`, after a warm-up."""
+    arguments, size, B, chunk = MODELS[name]
+    torch.manual_seed(0)
+    model = Model(arguments).to(device)
+    names = private_parameter_names(model)
+    shape = (B, 1, arguments["in_channels"], size, size)
+    batch = (torch.randn(shape, device=device), torch.randint(1000, (B, 1), device=device),
+             torch.randn(shape, device=device), torch.randint(10, (B, 1), device=device))
+    step, before, times = make_step(engine, model, names, batch, chunk), memory(device), []
+    start = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return dict(rate=B / min(times[1:]), bytes=memory(device) - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mnist", "mnist-paper", "cifar10"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--rounds", type=int, default=2, help="turns of all the engines; the fastest counts")
+    parser.add_argument("--seconds", type=float, default=5.0, help="least time per engine and turn")
+    parser.add_argument("--one", help=argparse.SUPPRESS)   # what a child process measures: engine,model
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.one:
+        print(json.dumps(measure(*args.one.split(","), device, args.seconds)))
+        return
+    engines = [e for e in args.engines if not e.startswith("opacus") or importlib.util.find_spec("opacus")]
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {hardware}\n\n| U-Net, latents, batch | engine | examples/s | time / ordinary "
+          "| peak memory | memory / ordinary |\n|---|---|---|---|---|---|")
+    for name in args.models:
+        arguments, size, B, chunk = MODELS[name]
+        found = {}
+        for engine in engines * args.rounds:
+            command = [sys.executable, __file__, "--one", f"{engine},{name}", "--seconds", str(args.seconds)]
+            child = subprocess.run(command, capture_output=True, text=True)
+            if child.returncode == 0:
+                found.setdefault(engine, []).append(json.loads(child.stdout.splitlines()[-1]))
+            else:
+                print(f"{engine} on {name}: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        base = found["ordinary"]
+        base_rate, base_bytes = max(r["rate"] for r in base), max(r["bytes"] for r in base)
+        for engine, runs in found.items():
+            rate, peak = max(r["rate"] for r in runs), max(r["bytes"] for r in runs)
+            print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {engine} | {rate:.3g} | "
+                  f"{base_rate / rate:.2f} | {peak / 1e9:.2f} GB | {peak / base_bytes:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

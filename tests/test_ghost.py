@@ -1,0 +1,165 @@
+"""The ghost engine gives the clipped sum of the torch.func engine, which tests/test_dp_sgd.py checks by hand."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_cli import refuse
+from test_dp_sgd import ATTENTION, TINY, tiny_data, tiny_model
+from torch import nn
+from torch.func import functional_call
+
+import dp_sgd
+import train
+from ldm import noise_draws, q_sample
+from unet import UNet, private_parameter_names
+
+
+def both_sums(model, names, batch, C, chunk) -> tuple[dict, dict]:
+    """The clipped sum by either engine; C None: the median norm, so that some examples are clipped."""
+    def loss(parameters, *draws):
+        return functional_call(model, parameters, draws).mean()
+
+    model.requires_grad_(False)
+    parameters = {name: model.get_parameter(name) for name in names}
+    if C is None:
+        gradients = dp_sgd.per_example_gradients(loss, parameters, batch)
+        C = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0).median().item()
+        assert C > 1e-6
+    return tuple(dp_sgd.clipped_gradient_sum(f, parameters, batch, C, chunk) for f in (loss, model))
+
+
+def assert_equal_sums(*arguments) -> None:
+    func, ghost = both_sums(*arguments)
+    assert func.keys() == ghost.keys()
+    for name in func:
+        torch.testing.assert_close(ghost[name], func[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Unconditional(nn.Module):
+    """The loss of an unconditional U-Net, called as LatentDiffusion is."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet(**TINY.architecture(3)["unet"] | {"context_dim": None}).double()
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3)
+
+    def forward(self, z_0, t, eps, condition):
+        z_t = q_sample(torch.linspace(0.99, 0.01, 1000, dtype=z_0.dtype), z_0, t, eps)
+        return (self.unet(z_t, t) - eps).square().flatten(1).mean(1)
+
+
+def draws(count: int, K: int) -> tuple[torch.Tensor, ...]:
+    return tuple(x.double() if x.is_floating_point() else x for x in
+                 noise_draws(tiny_model(), *tiny_data(count), K, 0.3, dp_sgd.secure_generator(0)))
+
+
+CHOICES = ["all", *(f"{kind}:{k}" for kind in ("last", "from") for k in range(len(ATTENTION)))]
+
+
+@pytest.mark.parametrize("blocks", CHOICES)
+@pytest.mark.parametrize("K, chunk", [(1, 1), (1, 3), (1, 7), (4, 1), (4, 3), (4, 7)])
+def test_it_equals_torch_func_on_the_conditional_unet(blocks, K, chunk):
+    model = tiny_model()
+    model.embedder.rescale(7.0)
+    assert_equal_sums(model, private_parameter_names(model, blocks), draws(7, K), None, chunk)
+
+
+@pytest.mark.parametrize("blocks", ["all", "last:1", "from:2"])
+@pytest.mark.parametrize("K, chunk", [(1, 3), (4, 1), (4, 7)])
+def test_it_equals_torch_func_on_the_unconditional_unet(blocks, K, chunk):
+    torch.manual_seed(0)
+    model = Unconditional()
+    assert_equal_sums(model, private_parameter_names(model, blocks), draws(7, K), None, chunk)
+
+
+class Layers(nn.Module):
+    """Every kind of layer, few and many tokens, one of them used twice, x [n, T, 6] and words int [n, T]."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.wide = nn.Embedding(5, 6), nn.Linear(6, 6)
+        self.norm, self.group, self.narrow = nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.Linear(6, 2, bias=False)
+        self.conv1, self.conv2 = nn.Conv1d(6, 6, 1), nn.Conv2d(6, 4, 1)
+        for p in self.double().parameters():
+            nn.init.normal_(p)
+
+    def forward(self, x, words):
+        x = self.wide(x + self.words(words)).tanh()
+        x = self.wide(self.norm(x))
+        x = self.conv1(self.group(x.mT)).tanh()
+        y = self.conv2(x[..., None]).flatten(1).square().mean(1)
+        return y + self.narrow(x.mean(2)).square().sum(1)
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 40])   # T^2 (inputs + outputs) on either side of inputs * outputs * T
+@pytest.mark.parametrize("K", [1, 3])
+def test_every_kind_of_layer_with_few_and_many_tokens(T, K):
+    torch.manual_seed(0)
+    batch = torch.randn(5, K, T, 6, dtype=torch.float64), torch.randint(5, (5, K, T))
+    model = Layers()
+    assert_equal_sums(model, [name for name, _ in model.named_parameters()], batch, None, 2)
+    for name in ("wide.weight", "words.weight", "norm.bias"):   # some of a layer's parameters only
+        assert_equal_sums(model, [name], batch, None, 5)
+
+
+def test_an_outlier_contributes_C_and_an_example_that_is_not_finite_nothing():
+    model, (x, words) = Layers(), (torch.randn(3, 1, 4, 6, dtype=torch.float64), torch.randint(5, (3, 1, 4)))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    (one,) = (dp_sgd.clipped_gradient_sum(model, parameters, (x[:1], words[:1]), 1e-3, 3),)
+    assert torch.cat([s.flatten() for s in one.values()]).norm().item() == pytest.approx(1e-3, rel=1e-9)
+    x[1, 0, 0, 0] = math.nan
+    broken = dp_sgd.clipped_gradient_sum(model, parameters, (x, words), 1e-3, 3)
+    others = dp_sgd.clipped_gradient_sum(model, parameters, (x[[0, 2]], words[[0, 2]]), 1e-3, 3)
+    for name in broken:
+        torch.testing.assert_close(broken[name], others[name], rtol=1e-9, atol=1e-12)
+        assert broken[name].any()
+
+
+def test_an_empty_batch_sums_to_zero():
+    model = Layers()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    empty = torch.zeros(0, 1, 4, 6), torch.zeros(0, 1, 4, dtype=torch.long)
+    assert not any(s.any() for s in dp_sgd.clipped_gradient_sum(model, parameters, empty, 1.0, 3).values())
+
+
+def test_no_hook_is_left_behind():
+    model = Layers()
+    both_sums(model, ["wide.weight"], (torch.randn(2, 1, 3, 6).double(), torch.randint(5, (2, 1, 3))), 1.0, 2)
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, stride=2), nn.Conv1d(4, 4, 1, groups=2), nn.BatchNorm2d(4),
+    nn.LayerNorm((4, 4)), nn.Embedding(4, 4, padding_idx=0), nn.Bilinear(4, 4, 4)])
+def test_a_layer_without_a_rule_is_refused_by_name(layer):
+    model = nn.ModuleDict({"attention": nn.ModuleDict({"odd": layer})})
+    with pytest.raises(ValueError, match=r"no rule for the layer attention\.odd, .*--engine func"):
+        dp_sgd.ghost_layers(model, ["attention.odd.weight"])
+
+
+def test_a_layer_that_is_never_called_has_no_gradient():
+    model = Layers()
+    model.idle = nn.Linear(6, 6).double()
+    batch = torch.randn(2, 1, 3, 6).double(), torch.randint(5, (2, 1, 3))
+    assert_equal_sums(model, ["idle.weight", "wide.weight"], batch, None, 2)
+
+
+def test_the_private_run_refuses_such_a_layer_before_it_trains(tmp_path, capsys, monkeypatch):
+    """It is asked before the first step, and --engine func goes through."""
+    from test_ledger import arguments, write_images
+    write_images(tmp_path / "public-images", [6, 6], seed=0)
+    write_images(tmp_path / "private-images", [12, 12], seed=1)
+    train.main(["--stage", "public", *arguments(tmp_path, tmp_path)])
+    monkeypatch.setattr(train, "private_parameter_names", lambda model, blocks: ["unet.out.2.weight"])
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert "no rule for the layer unet.out.2" in refuse(capsys, train, arguments(tmp_path, tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+    train.main([*arguments(tmp_path, tmp_path), "--engine", "func"])
+
+
+def test_the_default_engine_is_the_one_that_was_tested():
+    assert train.Config.engine == "ghost" and dataclasses.replace(TINY, engine="ghost").engine != TINY.engine
