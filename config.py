@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -155,14 +156,20 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input ends the program with one line on stderr and exit code 2, Ctrl-C with one and 130."""
+    """Bad input ends the program with one line on stderr and exit code 2, Ctrl-C with one and 130.
+
+    Of several processes (torchrun), which fail alike, the first one says it.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"\n{stop}" if stop.args else "\nstopped", file=sys.stderr)
+        if first:
+            print(f"\n{stop}" if stop.args else "\nstopped", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
         print("error: out of device memory: lower --chunk (train.py), --public-batch or --columns", file=sys.stderr)

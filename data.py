@@ -152,7 +152,13 @@ def load_glyphs(source: str, split: str) -> Dataset:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write `path` into, which is at every moment absent, the old one, or the whole new one."""
+    """A file to write `path` into, which is at every moment absent, the old one, or the whole new one.
+
+    Of several processes (torchrun) only the first one writes.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield io.BytesIO()
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

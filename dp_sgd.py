@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -148,9 +149,12 @@ def secure_generator(insecure_seed: int | None = None) -> np.random.Generator:
     generator would not do: it uses 32 bits of its seed, few enough to try them all. PCG64 is no
     cryptographic generator either, and float32 noise is open to the attack of Mironov 2012: a deployment
     against such adversaries needs a CSPRNG and discrete noise. `insecure_seed` is for tests: it voids
-    the guarantee.
+    the guarantee. All processes of a run get the same generator, seeded by the first one.
     """
-    return np.random.default_rng(insecure_seed)
+    seed = [np.random.SeedSequence(insecure_seed).entropy]
+    if dist.is_initialized():
+        dist.broadcast_object_list(seed)
+    return np.random.default_rng(seed[0])
 
 
 def poisson_sample(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
@@ -332,5 +336,30 @@ def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Te
 
 def noisy_gradient(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...], plan: PrivacyPlan,
                    chunk: int, rng: np.random.Generator) -> Tensors:
-    """The private gradient of one logical step, in units of C: all that an optimiser may see of `batch`."""
-    return add_noise(clipped_gradient_sum(loss_fn, parameters, batch, plan.max_grad_norm, chunk), plan, rng)
+    """The private gradient of one logical step, in units of C: all that an optimiser may see of `batch`.
+
+    Where there are several processes, each clips its share of the batch. The noise is that of one: their
+    generators are alike (secure_generator), so all of them add the same numbers to the same sum.
+    """
+    rank, world = rank_and_world()
+    share = tuple(x[rank::world] for x in batch)
+    total = clipped_gradient_sum(loss_fn, parameters, share, plan.max_grad_norm, chunk)
+    sum_over_processes(total.values())
+    return add_noise(total, plan, rng)
+
+
+# ---- several processes (torchrun) ---------------------------------------------------------------------------
+
+def rank_and_world() -> tuple[int, int]:
+    """(number of this process, number of processes): (0, 1) unless train.py runs under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
+    """Add up every tensor over all processes, in place; the result is the same to the last bit everywhere."""
+    if dist.is_initialized():
+        tensors = list(tensors)
+        flat = torch.cat([t.flatten() for t in tensors])   # one message instead of many
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))

@@ -3,6 +3,7 @@ public images, `--stage private` fine-tunes attention and embedder on private on
 
     python train.py --stage private --eps 1                                  # embedded data, from scratch
     python train.py --preset mnist --data-dir data/mnist --stage private --eps 10
+    torchrun --standalone --nproc_per_node=2 train.py --stage private --eps 1     # two processes: one run, one noise
 
 A run writes its checkpoint and a grid of samples below --out (default runs/<preset>); a private one writes its
 ledger beside them, and can be stopped (Ctrl-C) and taken up again (--resume).
@@ -10,21 +11,32 @@ ledger beside them, and can be stopped (Ctrl-C) and taken up again (--resume).
 
 import dataclasses
 import math
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.func import functional_call
 from tqdm import trange
 
 import data
 import dp_sgd
 from config import Config, one_line_errors, parse_args
-from dp_sgd import PrivacyPlan, Tensors, make_plan, noisy_gradient, poisson_sample, secure_generator
+from dp_sgd import (
+    PrivacyPlan,
+    Tensors,
+    make_plan,
+    noisy_gradient,
+    poisson_sample,
+    rank_and_world,
+    secure_generator,
+    sum_over_processes,
+)
 from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint
 from unet import private_parameter_names
 from vae import AutoencoderKL
@@ -48,11 +60,12 @@ def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
     device = config.torch_device
     progress = trange(config.vae_steps, desc="autoencoder")
     for step in progress:
-        chosen = torch.randint(len(images), (config.vae_batch,)).numpy()
+        chosen = torch.randint(len(images), (share(config.vae_batch),)).numpy()
         loss = vae.loss(to_pixels(images[chosen], device), config.kl_weight)
         optimizer.param_groups[0]["lr"] = config.vae_lr * lr_at(step, config.vae_steps)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(vae.parameters())
         optimizer.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
@@ -70,15 +83,16 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.seed + rank_and_world()[0])
     progress = trange(config.public_steps, desc="public diffusion")
     for step in progress:
-        chosen = torch.randint(len(moments), (config.public_batch,), device=moments.device)
+        chosen = torch.randint(len(moments), (share(config.public_batch),), device=moments.device)
         batch = noise_draws(model, moments[chosen], labels[chosen], 1, config.label_dropout, rng)
         loss = model(*(x.squeeze(1) for x in batch)).mean()
         optimizer.param_groups[0]["lr"] = config.public_lr * lr_at(step, config.public_steps)
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(parameters.values())
         optimizer.step()
         ema.update(parameters)
         if step % 50 == 0:
@@ -92,6 +106,8 @@ def run_public(config: Config, target: Path) -> None:
     device = config.torch_device
     torch.manual_seed(config.seed)
     model = LatentDiffusion(config.architecture(len(dataset.classes))).to(device)
+    if rank := rank_and_world()[0]:   # the same model everywhere, but other batches
+        torch.manual_seed(config.seed + rank)
     print(f"public stage: {len(dataset.images):,} images of {config.public_data}; autoencoder "
           f"{count(model.vae.parameters()):,} parameters, U-Net {count(model.unet.parameters()):,}")
     saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
@@ -107,9 +123,26 @@ def run_public(config: Config, target: Path) -> None:
         save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config))
     moments = encode_all(model.vae, dataset.images, device)
     model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
+    if dist.is_initialized():   # each process drew its own latents for that
+        dist.broadcast(model.latent_scale, 0)
     train_diffusion(model, moments, torch.from_numpy(dataset.labels).to(device), config)
     save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
     save_samples(model, dataset.classes, config, target, title="public only")
+    if dist.is_initialized():
+        dist.barrier()   # for a private stage that reads what the first process has just written
+
+
+def share(batch: int) -> int:
+    """This process's part of a public batch."""
+    return -(-batch // rank_and_world()[1])
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace the gradients by their means over all processes."""
+    gradients, world = [p.grad for p in parameters], rank_and_world()[1]
+    sum_over_processes(gradients)
+    if world > 1:
+        torch._foreach_div_(gradients, world)
 
 
 # ---- private stage ---------------------------------------------------------------------------------
@@ -147,10 +180,11 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
     with stop_after_step() as stop:
         for step in progress:
-            if step % config.save_every == 0 or stop:
+            stop_now = anywhere(bool(stop))
+            if step % config.save_every == 0 or stop_now:
                 model.load_state_dict(ema.shadow, strict=False)
                 keep(dict(steps=step, parameters=parameters, ema=ema.shadow, optimizer=optimizer.state_dict()))
-            if stop:
+            if stop_now:
                 raise KeyboardInterrupt(f"stopped after {step} of {plan.steps} steps: the same command with --resume "
                                         "goes on from here")
             chosen = poisson_sample(plan, rng).to(moments.device)
@@ -186,6 +220,13 @@ def stop_after_step() -> Iterator[list]:
 
 # What a private run goes on from: model, plan, ledger of earlier runs, configuration of the public model, state.
 Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
+
+
+def anywhere(asked: bool) -> bool:
+    """Whether any process was asked to stop: they have to do it after the same step."""
+    flag = torch.tensor([float(asked)])
+    sum_over_processes([flag])
+    return flag.item() > 0
 
 
 def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
@@ -252,8 +293,9 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     train_private(model, moments, torch.from_numpy(dataset.labels).to(config.torch_device), names, plan, config,
                   state, keep)
     save_private(target, model, **facts_after(plan.steps))
-    for leftover in (unfinished, dp_sgd.privacy_json(unfinished)):
-        leftover.unlink(missing_ok=True)
+    if rank_and_world()[0] == 0:   # the one that has written `target`
+        for leftover in (unfinished, dp_sgd.privacy_json(unfinished)):
+            leftover.unlink(missing_ok=True)
     epsilons = dp_sgd.all_epsilons(facts_after(plan.steps)["ledger"], plan.delta)
     spent = ", ".join(f"{epsilon:.4f} ({rule.upper()})" for rule, epsilon in epsilons.items())
     print(f"spent epsilon = {spent} at delta = {plan.delta:g}: see {dp_sgd.privacy_json(target)}")
@@ -303,8 +345,32 @@ def save_samples(model: LatentDiffusion, classes: list[str], config: Config, tar
     print(f"wrote {target} and {picture}")
 
 
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the other processes of torchrun, if there are any; all but the first are silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()   # gloo for tensors on a CPU, nccl on GPUs
+    with ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        if dist.get_rank() > 0:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(silence))
+            stack.enter_context(redirect_stderr(silence))
+        yield
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv, __doc__)
+    with process_group():
+        run(config)
+
+
+def run(config: Config) -> None:
+    """The stage that the flags ask for, unless its files forbid it."""
     public = Path(config.public_checkpoint or config.folder / "public.pt")
     target = public if config.stage == "public" else config.folder / f"private-eps{config.eps:g}.pt"
     unfinished = target.with_suffix(".unfinished.pt")
