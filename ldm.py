@@ -88,7 +88,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.inference_mode()
     def generate(self, labels: torch.Tensor, steps: int, eta: float = 0.0, guidance: float = 1.0,
-                 generator: torch.Generator | None = None) -> torch.Tensor:
+                 generator: torch.Generator | None = None, order: int = 1) -> torch.Tensor:
         """Images uint8 [B, H, W, channels] of the classes `labels` int [B], by `ddim_sample`.
 
         guidance w moves the prediction from the null class towards the class (Ho and Salimans 2022):
@@ -109,7 +109,7 @@ class LatentDiffusion(nn.Module):
             eps_null = self.unet(z_t, t, null_context)
             return eps_null + guidance * (eps_hat - eps_null)
 
-        z_0 = ddim_sample(predict_eps, self.alphas_cumprod, noise(), steps, eta, noise)
+        z_0 = ddim_sample(predict_eps, self.alphas_cumprod, noise(), steps, eta, noise, order)
         images = self.vae.decode(z_0 / self.latent_scale)
         return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
@@ -149,25 +149,41 @@ def ddim_timesteps(steps: int, total: int = 1000) -> list[int]:
     return [i * total // steps + offset for i in range(steps)]
 
 
+def check_sampling(steps: int, eta: float, order: int) -> None:
+    """ValueError if ddim_sample cannot do that."""
+    ddim_timesteps(steps)
+    if not 0 <= eta <= 1 or order not in (1, 2):
+        raise ValueError(f"--eta must be from 0 to 1 and --order 1 or 2, not {eta:g} and {order}")
+    if order == 2 and eta > 0:
+        raise ValueError(f"--order 2 is deterministic: give --eta 0, not {eta:g}, or --order 1")
+
+
 def ddim_sample(predict_eps: Callable, alphas_cumprod: torch.Tensor, z_T: torch.Tensor, steps: int,
-                eta: float = 0.0, noise: Callable | None = None) -> torch.Tensor:
+                eta: float = 0.0, noise: Callable | None = None, order: int = 1) -> torch.Tensor:
     """z_0 from z_T [B, C, h, w] by DDIM (Song et al. 2021, eq. 12 and 16).
 
     predict_eps(z_t, t int [B]) is the network; eta 0 is deterministic, 1 has DDPM's noise, for which
-    `noise()` returns [B, C, h, w] standard normal numbers.
+    `noise()` returns [B, C, h, w] standard normal numbers. order 2 (with eta 0) is DPM-Solver++ 2M (Lu et al.
+    2022, arXiv 2211.01095, algorithm 2): the same step, towards the z_0 that the last two predictions
+    extrapolate to, linearly in half the log SNR, lambda.
     """
     timesteps = ddim_timesteps(steps, len(alphas_cumprod))
-    z_t = z_T
+    half_log_snr = 0.5 * (alphas_cumprod.log() - (1 - alphas_cumprod).log())
+    z_t, z_0_before, h_before = z_T, None, None
     for i in reversed(range(steps)):
-        a_t = alphas_cumprod[timesteps[i]]
+        t, t_prev = timesteps[i], timesteps[i - 1] if i > 0 else 0
         # As in the official code, the last step ends at the noise level of step 0, not at zero.
-        a_prev = alphas_cumprod[timesteps[i - 1] if i > 0 else 0]
+        a_t, a_prev, h = alphas_cumprod[t], alphas_cumprod[t_prev], half_log_snr[t_prev] - half_log_snr[t]
         sigma_t = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).sqrt()
-        eps_hat = predict_eps(z_t, torch.full((len(z_t),), timesteps[i], device=z_t.device))
-        z_0 = (z_t - (1 - a_t).sqrt() * eps_hat) / a_t.sqrt()
+        eps_hat = predict_eps(z_t, torch.full((len(z_t),), t, device=z_t.device))
+        z_0 = predicted = (z_t - (1 - a_t).sqrt() * eps_hat) / a_t.sqrt()
+        if order == 2 and z_0_before is not None and i > 1:   # the last step but one is long: no extrapolation
+            z_0 = z_0 + h / (2 * h_before) * (z_0 - z_0_before)
+            eps_hat = (z_t - a_t.sqrt() * z_0) / (1 - a_t).sqrt()
         z_t = a_prev.sqrt() * z_0 + (1 - a_prev - sigma_t**2).sqrt() * eps_hat
         if eta > 0:
             z_t = z_t + sigma_t * noise()
+        z_0_before, h_before = predicted, h
     return z_t
 
 

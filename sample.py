@@ -18,10 +18,10 @@ from tqdm import tqdm
 import data
 from config import Parser, find_device, one_line_errors
 from dp_sgd import spent_epsilon
-from ldm import LatentDiffusion, ddim_timesteps, load_checkpoint
+from ldm import LatentDiffusion, check_sampling, load_checkpoint
 
 
-def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, guidance: float,
+def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, order: int, guidance: float,
            seed: int, batch: int = 500) -> np.ndarray:
     """Images uint8 [N, H, W, C] of the classes `labels` int [N]; the same for the same seed and machine."""
     device = model.latent_scale.device
@@ -30,7 +30,8 @@ def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, g
     with tqdm(total=len(labels), desc="sampling", unit="image") as progress:
         for part in np.array_split(labels, max(1, -(-len(labels) // batch))):
             classes = torch.from_numpy(part).to(device)
-            images.append(model.generate(classes, steps, eta, guidance, generator).cpu().numpy())
+            drawn = model.generate(classes, steps, eta, guidance, generator, order)
+            images.append(drawn.cpu().numpy())
             progress.update(len(part))
     return np.concatenate(images)
 
@@ -45,7 +46,7 @@ def grid_panel(path: Path, args: argparse.Namespace) -> tuple[str, np.ndarray, l
     model, facts = load_checkpoint(path)
     names = facts["classes"][:10]
     labels = np.repeat(np.arange(len(names)), args.columns)
-    images = sample(model.to(args.device), labels, args.steps, args.eta, args.guidance, args.seed)
+    images = sample(model.to(args.device), labels, args.steps, args.eta, args.order, args.guidance, args.seed)
     title = "public only"
     if facts.get("ledger"):
         title = f"eps = {spent_epsilon(facts['ledger'], facts['plan']['delta'], facts['config']['accountant']):.3g}"
@@ -61,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--real", help="first panel of the grid: real test images (letters, digits, mnist, ...)")
     parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
     parser.add_argument("--columns", type=int, default=10, help="images per class in the grid (default 10)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--eta", type=float, default=1.0, help="0: deterministic DDIM, 1: DDPM's noise (default 1)")
+    parser.add_argument("--steps", type=int, default=12, help="network evaluations (default 12)")
+    parser.add_argument("--order", type=int, default=2, help="1: DDIM, 2: DPM-Solver++ 2M (default 2)")
+    parser.add_argument("--eta", type=float, default=0.0, help="with --order 1 up to 1, DDPM's noise (default 0)")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto (default)")
@@ -71,15 +73,15 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("nothing to do: give --grid FILE.png or --npz FILE.npz")
     if args.npz and (len(args.checkpoints) != 1 or args.count < 1):
         raise ValueError("--npz takes one checkpoint and a --count of at least 1")
-    if not 0.0 <= args.eta <= 1.0 or args.columns < 1:
-        raise ValueError("--eta must be from 0 to 1 and --columns at least 1")
-    ddim_timesteps(args.steps)   # complains now rather than after loading
+    if args.columns < 1:
+        raise ValueError(f"--columns must be at least 1, not {args.columns}")
+    check_sampling(args.steps, args.eta, args.order)   # complains now rather than after loading
 
     args.device = find_device(args.device)
     if args.npz:
         model, facts = load_checkpoint(args.checkpoints[0])
         labels = uniform_labels(args.count, len(facts["classes"]))
-        images = sample(model.to(args.device), labels, args.steps, args.eta, args.guidance, args.seed)
+        images = sample(model.to(args.device), labels, args.steps, args.eta, args.order, args.guidance, args.seed)
         data.save_arrays(args.npz, images=images, labels=labels)
         print(f"wrote {args.count:,} images to {args.npz}")
     if args.grid:

@@ -233,7 +233,7 @@ def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
     """Where the interrupted run in `path` stands. ValueError if these flags would change its course."""
     model, facts = load_checkpoint(path)
     free = ("resume", "overwrite", "data_dir", "device", "engine", "chunk", "save_every", "show_private_loss",
-            "sample_steps", "eta", "guidance")
+            "sample_steps", "eta", "order", "guidance")
     for name, value in dataclasses.asdict(config).items():
         if name not in free and facts["config"].get(name) != value:
             flag, planned = "--" + name.replace("_", "-"), facts["config"].get(name)
@@ -339,9 +339,9 @@ def save_samples(model: LatentDiffusion, classes: list[str], config: Config, tar
     rows, columns = min(10, len(classes)), 10
     labels = torch.arange(rows, device=config.torch_device).repeat_interleave(columns)
     generator = torch.Generator().manual_seed(config.seed)
-    images = model.generate(labels, config.sample_steps, config.eta, config.guidance, generator).cpu().numpy()
+    images = model.generate(labels, config.sample_steps, config.eta, config.guidance, generator, config.order)
     picture = target.with_suffix(".png")
-    data.save_grid(picture, [(title, images.reshape(rows, columns, *images.shape[1:]), classes[:rows])])
+    data.save_grid(picture, [(title, images.cpu().numpy().reshape(rows, columns, *images.shape[1:]), classes[:rows])])
     print(f"wrote {target} and {picture}")
 
 

@@ -131,7 +131,7 @@ def test_sample_and_evaluate_round_trip(trained, tmp_path, capsys):
 
 def test_samples_follow_the_seed(trained):
     model, _ = load_checkpoint(trained / "private-eps3.pt")
-    draw = [sample.sample(model, np.arange(4), 2, 0.0, 1.0, seed) for seed in (1, 1, 2)]
+    draw = [sample.sample(model, np.arange(4), 2, 0.0, 1, 1.0, seed) for seed in (1, 1, 2)]
     assert np.array_equal(draw[0], draw[1]) and not np.array_equal(draw[0], draw[2])
 
 
@@ -239,6 +239,7 @@ def test_unreadable_image_is_named(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--grid", "g.png", "--steps", "0"], ["--grid", "g.png", "--eta", "2"],
+                                       ["--grid", "g.png", "--eta", "0.5"], ["--grid", "g.png", "--order", "3"],
                                        ["--npz", "s.npz", "--count", "0"]])
 def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)

@@ -606,6 +606,46 @@ def test_ddim_noise_by_hand():
     assert z_0.item() == pytest.approx(sigma * math.sqrt(a_0 / a_1), rel=1e-6)
 
 
+def gaussian_flow(z_T, steps: int, order: int, mean=0.7, std=1.0) -> torch.Tensor:
+    """Errors of the sampler where the exact solution is known: along the flow (z_t - mean_t) / std_t is constant."""
+    z = ddim_sample(gaussian_predictor(mean, std), ALPHAS_CUMPROD, z_T, steps, order=order)
+    first, last = ALPHAS_CUMPROD[ddim_timesteps(steps)[-1]], ALPHAS_CUMPROD[0]
+    constant = (z_T - first.sqrt() * mean) / (first * std**2 + 1 - first).sqrt()
+    return z - (last.sqrt() * mean + (last * std**2 + 1 - last).sqrt() * constant)
+
+
+def test_the_second_order_needs_fewer_steps():
+    z_T = randn(100, 1, 4, 4).double()
+    errors = {(steps, order): gaussian_flow(z_T, steps, order).abs().mean().item()
+              for steps in (12, 25, 50, 200) for order in (1, 2)}
+    assert errors[12, 2] < errors[25, 1] and errors[25, 2] < errors[50, 1] / 1.5
+    assert errors[200, 1] < 0.01 and errors[200, 2] < 0.001
+
+
+def test_the_second_order_step_by_hand():
+    """As algorithm 2 of Lu et al. 2022 writes it, with a predictor that depends on t only."""
+    z_T, (t_2, t_1, t_0) = randn(2, 1, 2, 2).double(), (501, 251, 1)   # of 4 steps the first is 751
+
+    def predicted(t):   # the network's z_0
+        return 1.0 + t / 1000
+
+    def predict_eps(z_t, t):
+        a = ALPHAS_CUMPROD[t][:, None, None, None]
+        return (z_t - a.sqrt() * predicted(t)[:, None, None, None].double()) / (1 - a).sqrt()
+
+    alpha, sigma = ALPHAS_CUMPROD.sqrt(), (1 - ALPHAS_CUMPROD).sqrt()
+    lam = (alpha / sigma).log()
+
+    def step(x, s, t, D):
+        return sigma[t] / sigma[s] * x - alpha[t] * torch.expm1(lam[s] - lam[t]) * D
+
+    x = step(z_T, 751, t_2, predicted(751))
+    r = (lam[t_2] - lam[751]) / (lam[t_1] - lam[t_2])
+    x = step(x, t_2, t_1, (1 + 1 / (2 * r)) * predicted(t_2) - 1 / (2 * r) * predicted(751))
+    x = step(step(x, t_1, t_0, predicted(t_1)), t_0, 0, predicted(t_0))   # the last two without extrapolation
+    torch.testing.assert_close(ddim_sample(predict_eps, ALPHAS_CUMPROD, z_T, 4, order=2), x)
+
+
 def test_ddim_draws_noise_only_with_eta():
     def run(eta):
         draws = []
