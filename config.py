@@ -79,7 +79,7 @@ class Config:
     sample_steps: int = option(12, "network evaluations")
     order: int = option(2, "1: DDIM, 2: DPM-Solver++ 2M, which needs fewer steps")
     eta: float = option(0.0, "with order 1 up to 1, DDPM's noise: samples are cleaner and less diverse")
-    guidance: float = option(2.0, "classifier-free guidance; 1 is none")
+    guidance: float = option(1.5, "classifier-free guidance; 1 is none")
 
     def architecture(self, num_classes: int) -> dict:
         """The arguments of LatentDiffusion (see there)."""

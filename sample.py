@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=12, help="network evaluations (default 12)")
     parser.add_argument("--order", type=int, default=2, help="1: DDIM, 2: DPM-Solver++ 2M (default 2)")
     parser.add_argument("--eta", type=float, default=0.0, help="with --order 1 up to 1, DDPM's noise (default 0)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default 2)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="classifier-free guidance; 1 is none (default 1.5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ..., or auto (default)")
     args = parser.parse_args(argv)
