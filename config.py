@@ -138,7 +138,7 @@ class Config:
 PRESETS = {
     # Six latent channels, where the default has eight: fewer are learnt sooner, and a demo has minutes only.
     "glyphs": dict(vae_steps=3_000, latent_channels=6, unet_channels=48, public_steps=1_400, public_lr=4e-3,
-                   expected_batch=256, epochs=3.0, private_lr=4e-3),
+                   expected_batch=256, epochs=6.0, private_lr=4e-3),
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=12.0),
 }
 
