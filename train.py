@@ -218,15 +218,15 @@ def stop_after_step() -> Iterator[list]:
         signal.signal(signal.SIGINT, before)
 
 
-# What a private run goes on from: model, plan, ledger of earlier runs, configuration of the public model, state.
-Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
-
-
 def anywhere(asked: bool) -> bool:
     """Whether any process was asked to stop: they have to do it after the same step."""
     flag = torch.tensor([float(asked)])
     sum_over_processes([flag])
     return flag.item() > 0
+
+
+# What a private run goes on from: model, plan, ledger of earlier runs, configuration of the public model, state.
+Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
 
 
 def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:

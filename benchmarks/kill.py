@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from dp_sgd import spent_epsilon  # noqa: E402  (after the path is set)
 from ldm import load_checkpoint  # noqa: E402
 
-KILLS, STEPS = 20, 1_000
+KILLS, STEPS = 20, 5_000
 FLAGS = ("--vae-channels 8 --vae-mult 1 1 2 --latent-channels 4 --vae-steps 2 --vae-batch 4 --unet-channels 16 "
          "--unet-mult 1 --attention-resolutions 1 --num-heads 2 --context-dim 8 --public-steps 2 --public-batch 4 "
          "--image-size 8 --expected-batch 8 --sample-steps 2 --eps 3 --save-every 5 --resume").split()
@@ -46,7 +46,7 @@ def main() -> None:
         kills = 0
         while kills < KILLS and not target.exists():
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(random.uniform(2, 12))   # from the imports to the middle of training, or of a write
+            time.sleep(random.uniform(2, 9))   # from the imports to the middle of training, or of a write
             process.send_signal(signal.SIGKILL)
             if process.wait() != -signal.SIGKILL:
                 break
