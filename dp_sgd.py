@@ -4,8 +4,7 @@ One logical step, with N examples, sample_rate q, noise multiplier sigma, clippi
 
     B   = each example independently with probability q                        poisson_sample
     g_i = gradient of example i's loss, averaged over its K noise draws        per_example_gradients
-    s   = sum over i in B of g_i * min(1, C / ||g_i||)                         clipped_gradient_sum, or
-                                                                               ghost_gradient_sum
+    s   = sum over i in B of g_i * min(1, C / ||g_i||)                         clipped_gradient_sum
     g   = (s + N(0, (sigma C)^2 I)) / (q N C)                                  add_noise
 
 Adding or removing one example changes s by at most C, and nothing else: the step is one Poisson-subsampled
@@ -174,57 +173,29 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
                          max_grad_norm: float, chunk: int) -> Tensors:
     """sum_i g_i * min(1, C / ||g_i||), with the norm taken over all the parameters jointly.
 
-    At most `chunk` examples' gradients are in memory at a time. An empty batch sums to zero. An example
-    whose gradient is not finite is left out: no weight could bring it within C of nothing.
-    Where loss_fn is a module, ghost_gradient_sum computes the same sum.
+    loss_fn is as in per_example_gradients, or a module as in factored_gradients, which is faster. At most `chunk`
+    examples' gradients are in memory at a time. An empty batch sums to zero. An example whose gradient is
+    not finite is left out: no weight could bring it within C of nothing.
     """
-    if isinstance(loss_fn, nn.Module):
-        return ghost_gradient_sum(loss_fn, parameters, batch, max_grad_norm, chunk)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     if len(batch[0]) == 0:   # vmap refuses an empty batch
         return total
     for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
-        gradients = per_example_gradients(loss_fn, parameters, part)
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+        if isinstance(loss_fn, nn.Module):
+            gradients = factored_gradients(loss_fn, parameters, part)
+        else:
+            gradients = {name: [g.flatten(1)] for name, g in per_example_gradients(loss_fn, parameters, part).items()}
+        norms = sum(map(squared_norms, gradients.values())).clamp(min=0).sqrt()
         finite = norms.isfinite()
         weights = (max_grad_norm / norms[finite]).clamp(max=1.0)   # C/0 is inf, clamped to 1
-        for name, g in gradients.items():
-            total[name] += torch.tensordot(weights, g if finite.all() else g[finite], dims=1)
-    return total
-
-
-# ---- ghost clipping with book-keeping: the same sum, without a gradient per example ---------------------
-
-def ghost_gradient_sum(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                       max_grad_norm: float, chunk: int) -> Tensors:
-    """What clipped_gradient_sum returns for example i's loss = mean over its K draws of model(*draws), [B, K, ...].
-
-    Let a linear layer y_t = W x_t + b be called for t = 1 ... T: all tokens or pixels of all draws of one
-    example, and all calls. With g_t = the gradient of the example's loss in y_t (Goodfellow 2015, arXiv 1510.01799;
-    Li et al. 2022, arXiv 2110.05679; Bu et al. 2023, arXiv 2210.00038):
-
-        gradient of W     G_i = sum_t g_t x_t^T                              of b   sum_t g_t
-        its norm          ||G_i||^2 = sum_{t,s} (x_t . x_s) (g_t . g_s)      two T x T matrices, no G_i
-        the clipped sum   sum_i w_i G_i = sum_{i,t} (w_i g_t) x_t^T          one matrix product for all examples
-
-    A normalisation y_t = w * x_t + b, x_t its normalised input, has the gradients sum_t g_t * x_t and sum_t g_t.
-    An embedding is a linear layer whose x_t are one-hot. So one forward and one backward pass, which computes
-    no gradient of a weight, give the x_t and g_t that norms and sums are made of.
-    """
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    if len(batch[0]) == 0:
-        return total
-    for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
-        kept = factored_gradients(model, parameters, part)
-        norms = sum(map(squared_norms, kept.values())).clamp(min=0).sqrt()
-        finite = norms.isfinite()
-        weights = (max_grad_norm / norms[finite]).clamp(max=1.0)
-        for name, factors in kept.items():
+        for name, factors in gradients.items():
             if not finite.all():
                 factors = [v[finite] for v in factors]
             total[name] += weighted_sum(factors, weights, total[name].shape)
     return total
 
+
+# ---- ghost clipping with book-keeping: the same sum, without a gradient per example ---------------------
 
 def ghost_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """{path: layer} of the layers that own the parameters `names`. ValueError naming a layer without a rule."""
@@ -241,9 +212,23 @@ def ghost_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 
 
 def factored_gradients(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...]) -> dict[str, list]:
-    """{name: [x [B, T, inputs], g [B, T, outputs]]}, of biases and normalisations {name: [gradient [B, size]]}.
+    """The gradients of all examples in factors, where example i's loss is the mean over its K draws of model(*draws).
 
-    Each layer's part is taken as soon as the backward pass has come to it, so that its output can be freed.
+    batch: tensors [B, K, ...]. Returns {name: [x [B, T, inputs], g [B, T, outputs]]}, of biases and normalisations
+    {name: [gradient [B, size]]}.
+
+    Let a linear layer y_t = W x_t + b be called for t = 1 ... T: all tokens or pixels of all draws of one
+    example, and all calls. With g_t = the gradient of the example's loss in y_t (Goodfellow 2015, arXiv 1510.01799;
+    Li et al. 2022, arXiv 2110.05679; Bu et al. 2023, arXiv 2210.00038):
+
+        gradient of W     G_i = sum_t g_t x_t^T                              of b   sum_t g_t
+        its norm          ||G_i||^2 = sum_{t,s} (x_t . x_s) (g_t . g_s)      two T x T matrices, no G_i
+        the clipped sum   sum_i w_i G_i = sum_{i,t} (w_i g_t) x_t^T          one matrix product for all examples
+
+    A normalisation y_t = w * x_t + b, x_t its normalised input, has the gradients sum_t g_t * x_t and sum_t g_t.
+    An embedding is a linear layer whose x_t are one-hot. So one forward and one backward pass, which computes
+    no gradient of a weight, give the x_t and g_t that norms and sums are made of. Each layer's part is taken as
+    soon as the backward pass has come to it, so that its output can be freed.
     """
     B, K = batch[0].shape[:2]
     found = {name: [] for name in parameters}   # one entry per call of the layer
@@ -296,7 +281,7 @@ def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tu
 def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
     """||gradient||^2 [B] of one parameter, see factored_gradients."""
     if len(factors) == 1:
-        return factors[0].square().sum(1)
+        return torch.linalg.vector_norm(factors[0], dim=1).square()
     x, g = factors
     if x.dim() == 2:   # indices
         return ((x[:, :, None] == x[:, None, :]) * (g @ g.mT)).sum((1, 2))
