@@ -71,7 +71,7 @@ class Config:
     embedder_scale: float = option(30.0, "the embedder is trained in units of 1/this, which multiplies its gradient")
     attention_blocks: str = option("all", "attention modules to fine-tune: all, last:K or from:K")
     engine: str = option("ghost", "how gradients are clipped: ghost (fast), or func (torch.func, for reading)")
-    chunk: int = option(128, "examples whose gradients are in memory at a time")
+    chunk: str = option("256", "examples whose gradients are in memory at a time, or auto: as many as fit")
     insecure_noise_seed: int = option(-1, "FOR TESTS: private noise and batches follow this seed: NOT PRIVATE")
     show_private_loss: bool = option(False, "print the training loss: IT IS NOT PRIVATE, never publish it")
     ema_decay: float = option(0.999, "decay of the weights' moving average, per logical step")
@@ -111,6 +111,8 @@ class Config:
             raise ValueError(f"unknown accountant {self.accountant!r}: give one of {', '.join(ACCOUNTANTS)}")
         if self.engine not in ("ghost", "func"):
             raise ValueError(f"unknown engine {self.engine!r}: give ghost or func")
+        if not re.fullmatch(r"auto|[1-9][0-9]*", self.chunk):
+            raise ValueError(f"--chunk must be a positive number or auto, not {self.chunk!r}")
         if not self.label_dropout < 1:
             raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout:g}")
         if self.stage == "private" and self.public_data == self.private_data:

@@ -177,6 +177,8 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
         return functional_call(model, parameters, draws).mean()
 
     loss = model if config.engine == "ghost" else example_loss
+    chunk = int(config.chunk) if config.chunk != "auto" else dp_sgd.largest_chunk(
+        loss, parameters, made_up_example(model, moments, config.noise_draws), most=plan.expected_batch)
     progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
     with stop_after_step() as stop:
         for step in progress:
@@ -189,16 +191,22 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
                                         "goes on from here")
             chosen = poisson_sample(plan, rng).to(moments.device)
             batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng)
-            gradient = noisy_gradient(loss, parameters, batch, plan, config.chunk, rng)
+            gradient = noisy_gradient(loss, parameters, batch, plan, chunk, rng)
             for name, p in parameters.items():
                 p.grad = gradient[name]
             optimizer.param_groups[0]["lr"] = config.private_lr * lr_at(step, plan.steps)
             optimizer.step()
             ema.update(parameters)
             if config.show_private_loss and len(chosen):
-                some = functional_call(model, parameters, tuple(x[:config.chunk].flatten(0, 1) for x in batch))
+                some = functional_call(model, parameters, tuple(x[:chunk].flatten(0, 1) for x in batch))
                 progress.set_postfix(not_private_loss=f"{some.mean().item():.3f}")
     model.load_state_dict(ema.shadow, strict=False)
+
+
+def made_up_example(model: LatentDiffusion, moments: torch.Tensor, K: int) -> tuple[torch.Tensor, ...]:
+    """Draws, as of noise_draws, of an example that has only the shape in common with the private ones."""
+    no_label = torch.zeros(1, dtype=torch.long, device=moments.device)
+    return noise_draws(model, torch.zeros_like(moments[:1]), no_label, K, 0.0, np.random.default_rng())
 
 
 @contextmanager

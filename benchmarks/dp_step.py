@@ -2,6 +2,7 @@
 
     python benchmarks/dp_step.py                                  # the small models: minutes
     python benchmarks/dp_step.py --models celeba64 celebahq256    # the large ones, in chunks
+    python benchmarks/dp_step.py --growth                         # the ghost engine as the work grows
 
 Each engine runs in a process of its own, one after the other, with the same model, batch and threads, in --rounds
 turns of which the fastest counts: a machine's speed drifts, and other work can only slow it down. "ordinary" is a
@@ -32,10 +33,10 @@ from unet import UNet, private_parameter_names  # noqa: E402
 PRESET = Config(**PRESETS["mnist"]).architecture(10)["unet"]
 # name: (arguments of UNet, latent size, examples per step, examples per chunk)
 MODELS = {
-    "mnist": (PRESET, 4, 128, 128),
+    "mnist": (PRESET, 4, 256, 256),
     "mnist-paper": (dict(in_channels=3, out_channels=3, model_channels=64, num_res_blocks=1,
                          attention_resolutions=[1, 2], channel_mult=[1, 2], num_heads=4, context_dim=5,
-                         use_scale_shift_norm=True, resblock_updown=True), 4, 128, 128),
+                         use_scale_shift_norm=True, resblock_updown=True), 4, 256, 256),
     "cifar10": (dict(in_channels=3, out_channels=3, model_channels=128, num_res_blocks=2,
                      attention_resolutions=[1, 2, 4], channel_mult=[1, 2, 2, 4], num_heads=8, context_dim=512),
                 16, 16, 16),
@@ -119,15 +120,17 @@ def memory(device: str) -> int:
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def measure(engine: str, name: str, device: str, seconds: float) -> dict:
+def measure(engine: str, name: str, device: str, seconds: float, batch: int | None = None, width: int | None = None,
+            K: int = 1) -> dict:
     """{rate: examples/s, bytes}: the fastest step of at least three within `seconds`, after a warm-up."""
     arguments, size, B, chunk = MODELS[name]
+    arguments, B = {**arguments, "model_channels": width or arguments["model_channels"]}, batch or B
     torch.manual_seed(0)
     model = Model(arguments).to(device)
     names = private_parameter_names(model)
-    shape = (B, 1, arguments["in_channels"], size, size)
-    batch = (torch.randn(shape, device=device), torch.randint(1000, (B, 1), device=device),
-             torch.randn(shape, device=device), torch.randint(10, (B, 1), device=device))
+    shape = (B, K, arguments["in_channels"], size, size)
+    batch = (torch.randn(shape, device=device), torch.randint(1000, (B, K), device=device),
+             torch.randn(shape, device=device), torch.randint(10, (B, K), device=device))
     step, before, times = make_step(engine, model, names, batch, chunk), memory(device), []
     start = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - start < seconds:
@@ -139,38 +142,64 @@ def measure(engine: str, name: str, device: str, seconds: float) -> dict:
     return dict(rate=B / min(times[1:]), bytes=memory(device) - before)
 
 
+def in_own_process(seconds: float, **what) -> dict | None:
+    """What `measure` returns; None, with its last words on stderr, where it fails."""
+    command = [sys.executable, __file__, "--one", json.dumps(what), "--seconds", str(seconds)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    print(f"{what}: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+
+
+def compare(models: list[str], engines: list[str], rounds: int, seconds: float) -> None:
+    """Print the table of all engines on these models."""
+    print("| U-Net, latents, batch | engine | examples/s | time / ordinary | peak memory | memory / ordinary |\n"
+          "|---|---|---|---|---|---|")
+    for name in models:
+        arguments, size, B, chunk = MODELS[name]
+        found = {}
+        for engine in engines * rounds:
+            if result := in_own_process(seconds, engine=engine, name=name):
+                found.setdefault(engine, []).append(result)
+        rates = {engine: max(r["rate"] for r in runs) for engine, runs in found.items()}
+        peaks = {engine: max(r["bytes"] for r in runs) for engine, runs in found.items()}
+        for engine in found:
+            print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {engine} | "
+                  f"{rates[engine]:.3g} | {rates['ordinary'] / rates[engine]:.2f} | {peaks[engine] / 1e9:.2f} GB | "
+                  f"{peaks[engine] / peaks['ordinary']:.2f} |", flush=True)
+
+
+def growth(seconds: float) -> None:
+    """Print what an example costs, by the ghost engine on the mnist preset's U-Net, as the work grows."""
+    print("| batch | width | K | ms per example | peak memory |\n|---|---|---|---|---|")
+    ways = ([dict(batch=B) for B in (64, 256, 1024, 8192)] + [dict(batch=256, width=w) for w in (32, 128, 256)]
+            + [dict(batch=256, K=K) for K in (2, 4, 8)])
+    for way in ways:
+        if result := in_own_process(seconds, engine="ghost", name="mnist", **way):
+            print(f"| {way['batch']} | {way.get('width', PRESET['model_channels'])} | {way.get('K', 1)} | "
+                  f"{1e3 / result['rate']:.2f} | {result['bytes'] / 1e9:.2f} GB |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["mnist", "mnist-paper", "cifar10"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--growth", action="store_true", help="batch, width and K instead of engines")
     parser.add_argument("--rounds", type=int, default=2, help="turns of all the engines; the fastest counts")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per engine and turn")
-    parser.add_argument("--one", help=argparse.SUPPRESS)   # what a child process measures: engine,model
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)   # what a child process measures
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.one:
-        print(json.dumps(measure(*args.one.split(","), device, args.seconds)))
+        print(json.dumps(measure(device=device, seconds=args.seconds, **args.one)))
         return
-    engines = [e for e in args.engines if not e.startswith("opacus") or importlib.util.find_spec("opacus")]
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {hardware}\n\n| U-Net, latents, batch | engine | examples/s | time / ordinary "
-          "| peak memory | memory / ordinary |\n|---|---|---|---|---|---|")
-    for name in args.models:
-        arguments, size, B, chunk = MODELS[name]
-        found = {}
-        for engine in engines * args.rounds:
-            command = [sys.executable, __file__, "--one", f"{engine},{name}", "--seconds", str(args.seconds)]
-            child = subprocess.run(command, capture_output=True, text=True)
-            if child.returncode == 0:
-                found.setdefault(engine, []).append(json.loads(child.stdout.splitlines()[-1]))
-            else:
-                print(f"{engine} on {name}: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        base = found["ordinary"]
-        base_rate, base_bytes = max(r["rate"] for r in base), max(r["bytes"] for r in base)
-        for engine, runs in found.items():
-            rate, peak = max(r["rate"] for r in runs), max(r["bytes"] for r in runs)
-            print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {engine} | {rate:.3g} | "
-                  f"{base_rate / rate:.2f} | {peak / 1e9:.2f} GB | {peak / base_bytes:.2f} |", flush=True)
+    print(f"torch {torch.__version__}, {hardware}\n")
+    if args.growth:
+        growth(args.seconds)
+    else:
+        engines = [e for e in args.engines if not e.startswith("opacus") or importlib.util.find_spec("opacus")]
+        compare(args.models, engines, args.rounds, args.seconds)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ so that norms are known exactly. The others run the real model, made tiny, throu
 import dataclasses
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import accountant
+import dp_sgd
 import train
 from dp_sgd import (
     PrivacyPlan,
@@ -32,7 +34,7 @@ from unet import UNet, private_parameter_names
 
 TINY = train.Config(image_size=8, vae_channels=8, vae_mult=(1, 2), latent_channels=4, unet_channels=16,
                     unet_mult=(1, 2), attention_resolutions=(2,), num_heads=2, context_dim=8,
-                    embedder_scale=7.0, device="cpu", sample_steps=1, chunk=3, engine="func")
+                    embedder_scale=7.0, device="cpu", sample_steps=1, chunk="3", engine="func")
 NUM_CLASSES = 3
 
 # What private_parameter_names should find in that model, written out by hand.
@@ -262,6 +264,22 @@ def test_the_mean_over_the_draws_is_clipped_and_not_each_draw():
 
     total = flat(clipped_gradient_sum(loss, linear_parameters(), batch, 0.5, 4))
     torch.testing.assert_close(total, small, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("megabytes, largest", [(4000, 64), (400, 16), (40, 2), (1, 1)])
+def test_the_largest_chunk_fits_into_half_of_the_memory(monkeypatch, megabytes, largest):
+    """Of 10 MB an example, above the 100 MB that were in use before; 64 is enough for 50 examples."""
+    used = [100e6]
+
+    def clipped_sum(loss_fn, parameters, batch, C, chunk):
+        assert len(batch[0]) == chunk
+        used.append(max(used[-1], 100e6 + 10e6 * chunk))
+
+    monkeypatch.setattr(dp_sgd, "clipped_gradient_sum", clipped_sum)
+    monkeypatch.setattr(dp_sgd.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=used[-1] / 1024))
+    monkeypatch.setattr(dp_sgd.os, "sysconf", {"SC_PHYS_PAGES": megabytes * 1e6 / 4096, "SC_PAGE_SIZE": 4096}.get)
+    assert dp_sgd.largest_chunk(linear_loss, {}, (torch.zeros(1, 4),), most=50) == largest
+    assert used[-1] - 100e6 <= max(10e6, megabytes * 1e6 / 2)
 
 
 def test_the_clipped_sum_does_not_depend_on_the_chunk_size():

@@ -348,7 +348,7 @@ def test_private_runs_with_one_seed_have_other_noise_and_other_batches(public, t
 
 def test_the_chunk_size_changes_neither_epsilon_nor_the_update(public, tmp_path):
     results = []
-    for chunk in (1, 3, 64):
+    for chunk in (1, 3, 64, "auto"):
         run(public, tmp_path / str(chunk), "--chunk", chunk, "--epochs", 1, "--insecure-noise-seed", 7)
         results.append(load_checkpoint(tmp_path / str(chunk) / "private-eps3.pt"))
     for model, facts in results[1:]:
