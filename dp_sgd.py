@@ -293,7 +293,11 @@ def joined(entries: list[list[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's input and output gradient [B*K, ...] as x and g [B, T, features]; an Embedding's x is int [B, T]."""
+    """A layer's input and output gradient [B*K, ...] as x and g [B, T, features]; an Embedding's x is int [B, T].
+
+    Both are float32 at least, also where the layer itself computes in bfloat16: norms and sums need the digits.
+    """
+    x, g = (v.float() if v.dtype == torch.bfloat16 else v for v in (x, g))
     if isinstance(layer, nn.Embedding):
         return x.reshape(B, -1), g.reshape(B, -1, g.shape[-1])
     if isinstance(layer, nn.LayerNorm):

@@ -61,6 +61,8 @@ class LatentDiffusion(nn.Module):
     AutoencoderKL and UNet), num_classes, linear_start and linear_end.
     """
 
+    bf16 = False   # compute the U-Net in bfloat16 (weights and gradients stay float32)
+
     def __init__(self, architecture: dict):
         super().__init__()
         self.architecture = architecture
@@ -83,8 +85,13 @@ class LatentDiffusion(nn.Module):
         that per-example gradients need.
         """
         z_t = q_sample(self.alphas_cumprod, z_0, t, eps)
-        eps_hat = self.unet(z_t, t, self.embedder(condition))
+        eps_hat = self.predict_eps(z_t, t, self.embedder(condition))
         return (eps_hat - eps).square().flatten(1).mean(dim=1)
+
+    def predict_eps(self, z_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """The noise in z_t [B, C, h, w], as the U-Net sees it."""
+        with torch.autocast(z_t.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.unet(z_t, t, context).to(z_t.dtype)
 
     @torch.inference_mode()
     def generate(self, labels: torch.Tensor, steps: int, eta: float = 0.0, guidance: float = 1.0,
@@ -102,14 +109,14 @@ class LatentDiffusion(nn.Module):
         def noise():
             return torch.randn(shape, generator=generator).to(labels.device)
 
-        def predict_eps(z_t, t):
-            eps_hat = self.unet(z_t, t, context)
+        def guided_eps(z_t, t):
+            eps_hat = self.predict_eps(z_t, t, context)
             if guidance == 1.0:
                 return eps_hat
-            eps_null = self.unet(z_t, t, null_context)
+            eps_null = self.predict_eps(z_t, t, null_context)
             return eps_null + guidance * (eps_hat - eps_null)
 
-        z_0 = ddim_sample(predict_eps, self.alphas_cumprod, noise(), steps, eta, noise, order)
+        z_0 = ddim_sample(guided_eps, self.alphas_cumprod, noise(), steps, eta, noise, order)
         images = self.vae.decode(z_0 / self.latent_scale)
         return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 

@@ -84,6 +84,7 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
     optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)
     rng = np.random.default_rng(config.seed + rank_and_world()[0])
+    model.bf16 = config.bf16
     progress = trange(config.public_steps, desc="public diffusion")
     for step in progress:
         chosen = torch.randint(len(moments), (share(config.public_batch),), device=moments.device)
@@ -166,6 +167,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     """
     model.requires_grad_(False)
     model.embedder.rescale(config.embedder_scale)
+    model.bf16 = config.bf16
     parameters = {name: model.get_parameter(name).clone() for name in names}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.private_lr, fused=True)
     ema = EMA(parameters, config.ema_decay)

@@ -47,7 +47,7 @@ MODELS = {
                          attention_resolutions=[8, 4, 2], channel_mult=[1, 2, 3, 5], num_heads=1, context_dim=512),
                     64, 2, 1),
 }
-ENGINES = ["ordinary", "func", "ghost", "opacus-hooks", "opacus-ghost"]
+ENGINES = ["ordinary", "func", "ghost", "opacus-hooks", "opacus-ghost", "ordinary-bf16", "ghost-bf16"]
 
 
 class Model(nn.Module):
@@ -60,10 +60,13 @@ class Model(nn.Module):
             self.embedder = ClassEmbedder(10, unet["context_dim"])
         self.register_buffer("alphas_cumprod", make_alphas_cumprod(0.0015, 0.0195).float())
 
+    bf16 = False
+
     def forward(self, z_0, t, eps, condition):
         context = self.embedder(condition) if hasattr(self, "embedder") else None
-        eps_hat = self.unet(q_sample(self.alphas_cumprod, z_0, t, eps), t, context)
-        return (eps_hat - eps).square().flatten(1).mean(dim=1)
+        with torch.autocast(z_0.device.type, torch.bfloat16, enabled=self.bf16):
+            eps_hat = self.unet(q_sample(self.alphas_cumprod, z_0, t, eps), t, context)
+        return (eps_hat.float() - eps).square().flatten(1).mean(dim=1)
 
 
 def make_step(engine: str, model: Model, names: list[str], batch: tuple, chunk: int):
@@ -127,11 +130,12 @@ def measure(engine: str, name: str, device: str, seconds: float, batch: int | No
     arguments, B = {**arguments, "model_channels": width or arguments["model_channels"]}, batch or B
     torch.manual_seed(0)
     model = Model(arguments).to(device)
+    model.bf16 = engine.endswith("-bf16")
     names = private_parameter_names(model)
     shape = (B, K, arguments["in_channels"], size, size)
     batch = (torch.randn(shape, device=device), torch.randint(1000, (B, K), device=device),
              torch.randn(shape, device=device), torch.randint(10, (B, K), device=device))
-    step, before, times = make_step(engine, model, names, batch, chunk), memory(device), []
+    step, before, times = make_step(engine.removesuffix("-bf16"), model, names, batch, chunk), memory(device), []
     start = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()

@@ -164,6 +164,7 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     (["--private-data", "nonsense"], "unknown data"),
     (["--attention-blocks", "first:2"], "--attention-blocks"),
     (["--attention-blocks", "last:99"], "attention blocks"),
+    (["--bf16", "--engine", "func"], "--bf16 needs --engine ghost"),
     (["--chunk", "0"], "--chunk must be a positive number or auto"),
     (["--image-size", "30"], "--image-size"),
     (["--device", "abacus"], "device 'abacus'"),

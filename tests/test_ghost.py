@@ -75,6 +75,24 @@ def test_it_equals_torch_func_on_the_unconditional_unet(blocks, K, chunk):
     assert_equal_sums(model, private_parameter_names(model, blocks), draws(7, K), None, chunk)
 
 
+def test_layers_in_bfloat16_are_clipped_as_exactly_as_others():
+    """Norms and sums of float32: each example, clipped to C, has the norm C to six digits. bfloat16 has three."""
+    model = tiny_model().float()
+    names = private_parameter_names(model, "all")
+    batch = tuple(x.float() if x.is_floating_point() else x for x in draws(5, 2))
+    C = 1e-3
+    parameters = {name: model.get_parameter(name) for name in names}
+    exact = dp_sgd.clipped_gradient_sum(model.requires_grad_(False), parameters, batch, C, 5)
+    model.bf16 = True
+    rough = dp_sgd.clipped_gradient_sum(model, parameters, batch, C, 5)
+    distance, size = (torch.cat([v.flatten() for v in s.values()]).norm().item() for s in (
+        {n: rough[n] - exact[n] for n in names}, exact))
+    assert 1e-4 < distance / size < 0.05   # it was bfloat16, and it was right
+    for i in range(5):
+        one = dp_sgd.clipped_gradient_sum(model, parameters, tuple(x[i:i + 1] for x in batch), C, 1)
+        assert torch.cat([v.flatten() for v in one.values()]).double().norm().item() == pytest.approx(C, rel=2e-6)
+
+
 class Layers(nn.Module):
     """Every kind of layer, few and many tokens, one of them used twice, x [n, T, 6] and words int [n, T]."""
 
