@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 import data
-from data import LETTERS, LOOKALIKES, STYLES, Dataset, load, render
+from data import LOOKALIKES, Dataset, load
+from glyphs import LETTERS, STYLES, Style, render
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -85,7 +86,7 @@ def test_looks_do_what_they_say():
                  warp=(0, 0))
 
     def mean_image(**changes):
-        return render("I", data.Style(**{**still, **changes}), 40, seed=0)[0].mean(0, dtype=float)
+        return render("I", Style(**{**still, **changes}), 40, seed=0)[0].mean(0, dtype=float)
 
     def lean(image):   # how far the top is to the right of the bottom
         columns = np.arange(28)
