@@ -26,8 +26,8 @@ class Config:
     """Everything that a run depends on. Each field is a flag of the same name; presets set some of them."""
     stage: str = option("private", "public or private")
     preset: str = option("glyphs", "the pair of public and private data: glyphs or mnist")
-    data_dir: str = option("data", "folder of the files of named data sets (mnist)")
-    public_data: str = option("letters", "public images: letters, digits, mnist, or a folder or zip of class folders")
+    data_dir: str = option("data", "folder of the named data sets' folders, or of MNIST's files")
+    public_data: str = option("letters", "public images: letters, digits, a data set's name, or a path (see data.py)")
     private_data: str = option("digits", "private images, chosen likewise")
     out: str = option("", "folder for checkpoints and pictures (default runs/<preset>)")
     public_checkpoint: str = option("", "public model that the private stage starts from (default OUT/public.pt)")

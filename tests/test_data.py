@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 import data
-from data import LETTERS, LOOKALIKES, STYLES, Dataset, load, render
+import formats
+from data import LOOKALIKES, Dataset, load
+from glyphs import LETTERS, STYLES, Style, render
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -85,7 +87,7 @@ def test_looks_do_what_they_say():
                  warp=(0, 0))
 
     def mean_image(**changes):
-        return render("I", data.Style(**{**still, **changes}), 40, seed=0)[0].mean(0, dtype=float)
+        return render("I", Style(**{**still, **changes}), 40, seed=0)[0].mean(0, dtype=float)
 
     def lean(image):   # how far the top is to the right of the bottom
         columns = np.arange(28)
@@ -146,7 +148,7 @@ def test_damaged_cache_is_refused(small_cache):
 
 
 @pytest.mark.parametrize("source, options, message", [
-    ("letters", dict(channels=3), "channels 1"), ("digits", dict(image_size=27), "at least 28"),
+    ("letters", dict(channels=2), "2 channels"), ("digits", dict(image_size=0), "at size 0"),
     ("no such data", {}, "unknown data 'no such data'"),
 ])
 def test_impossible_requests_are_refused(small_cache, source, options, message):
@@ -230,10 +232,10 @@ def test_truncated_gzip_is_refused(tmp_path):
     for size in (0, 5, 20, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match="images.gz"):
-            data.read_idx(path)
+            formats.read_idx(path)
     path.write_bytes(idx(IMAGES))   # not gzipped at all
     with pytest.raises(ValueError, match="images.gz"):
-        data.read_idx(path)
+        formats.read_idx(path)
 
 
 def test_damaged_gzip_is_refused(tmp_path):
@@ -242,7 +244,7 @@ def test_damaged_gzip_is_refused(tmp_path):
     for position in range(20, len(content) - 20, 7):
         path.write_bytes(content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1:])
         with pytest.raises(ValueError, match="images.gz"):
-            data.read_idx(path)
+            formats.read_idx(path)
 
 
 @pytest.mark.parametrize("images, labels", [
