@@ -241,8 +241,8 @@ def ghost_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 def factored_gradients(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...]) -> dict[str, list]:
     """The gradients of all examples in factors, where example i's loss is the mean over its K draws of model(*draws).
 
-    batch: tensors [B, K, ...]. Returns {name: [x [B, T, inputs], g [B, T, outputs]]}, of biases and normalisations
-    {name: [gradient [B, size]]}.
+    batch: tensors [B, K, ...]. Returns {name: [x [B, T, inputs], g [B, T, outputs]]} or, of biases, of normalisations
+    and where it is shorter, {name: [gradient [B, size]]}.
 
     Let a linear layer y_t = W x_t + b be called for t = 1 ... T: all tokens or pixels of all draws of one
     example, and all calls. With g_t = the gradient of the example's loss in y_t (Goodfellow 2015, arXiv 1510.01799;
@@ -263,7 +263,7 @@ def factored_gradients(model: nn.Module, parameters: Tensors, batch: tuple[torch
     def keep(layer, path, x, g):
         x, g = by_example(layer, x, g, B)
         if (weight := f"{path}.weight") in found:
-            found[weight].append([(x * g).sum(1)] if isinstance(layer, nn.LayerNorm | nn.GroupNorm) else [x, g])
+            found[weight].append([(x * g).sum(1)] if isinstance(layer, nn.LayerNorm | nn.GroupNorm) else shorter(x, g))
         if (bias := f"{path}.bias") in found:
             found[bias].append([g.sum(1)])
 
@@ -283,13 +283,19 @@ def factored_gradients(model: nn.Module, parameters: Tensors, batch: tuple[torch
     return {name: joined(entries) for name, entries in found.items() if entries}
 
 
+def shorter(x: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
+    """[x, g], or [the gradients that are their product, flat], whichever has fewer numbers."""
+    explicit = x.dim() == 3 and x.shape[1] * (x.shape[2] + g.shape[2]) > x.shape[2] * g.shape[2]
+    return [(g.mT @ x).flatten(1)] if explicit else [x, g]
+
+
 def joined(entries: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The calls of one layer as if they were one: tokens one after the other, gradients of vectors added up."""
+    """The calls of one layer as if they were one: tokens one after the other, gradients added up."""
     if len(entries) == 1:
         return entries[0]
-    if len(entries[0]) == 1:
-        return [sum(v for v, in entries)]
-    return [torch.cat(tensors, dim=1) for tensors in zip(*entries, strict=True)]
+    if all(len(entry) == 2 for entry in entries):
+        return [torch.cat(tensors, dim=1) for tensors in zip(*entries, strict=True)]
+    return [sum(v[0] if len(v) == 1 else (v[1].mT @ v[0]).flatten(1) for v in entries)]
 
 
 def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -316,10 +322,7 @@ def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
     x, g = factors
     if x.dim() == 2:   # indices
         return ((x[:, :, None] == x[:, None, :]) * (g @ g.mT)).sum((1, 2))
-    T, inputs, outputs = *x.shape[1:], g.shape[2]
-    if T * (inputs + outputs) <= inputs * outputs:   # the cheaper way
-        return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
-    return (g.mT @ x).square().sum((1, 2))
+    return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
 
 
 def weighted_sum(factors: list[torch.Tensor], weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
