@@ -94,7 +94,7 @@ def test_layers_in_bfloat16_are_clipped_as_exactly_as_others():
 
 
 class Layers(nn.Module):
-    """Every kind of layer, few and many tokens, one of them used for T tokens, T again and one, x [n, T, 6] and words int [n, T]."""
+    """Every kind of layer, few and many tokens; one of them has T, T again and one. x [n, T, 6], words int [n, T]."""
 
     def __init__(self):
         super().__init__()
