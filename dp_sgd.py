@@ -229,11 +229,13 @@ def ghost_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     layers = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         layer = layers[path] = model.get_submodule(path)
-        pointwise = (isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
-                     and {*layer.kernel_size, *layer.stride} == {1} and {*layer.padding} == {0})
+        pointwise = (isinstance(layer, nn.Conv1d) and (layer.groups, *layer.kernel_size, *layer.stride) == (1, 1, 1)
+                     and layer.padding == (0,))
+        patches = (isinstance(layer, nn.Conv2d) and (layer.groups, *layer.dilation) == (1, 1, 1)
+                   and layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
         one_axis = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1
         table = isinstance(layer, nn.Embedding) and layer.padding_idx is None and not layer.scale_grad_by_freq
-        if not (isinstance(layer, nn.Linear | nn.GroupNorm) or pointwise or one_axis or table):
+        if not (isinstance(layer, nn.Linear | nn.GroupNorm) or pointwise or patches or one_axis or table):
             raise ValueError(f"the ghost engine has no rule for the layer {path}, {layer}: give --engine func")
     return layers
 
@@ -252,10 +254,11 @@ def factored_gradients(model: nn.Module, parameters: Tensors, batch: tuple[torch
         its norm          ||G_i||^2 = sum_{t,s} (x_t . x_s) (g_t . g_s)      two T x T matrices, no G_i
         the clipped sum   sum_i w_i G_i = sum_{i,t} (w_i g_t) x_t^T          one matrix product for all examples
 
-    A normalisation y_t = w * x_t + b, x_t its normalised input, has the gradients sum_t g_t * x_t and sum_t g_t.
-    An embedding is a linear layer whose x_t are one-hot. So one forward and one backward pass, which computes
-    no gradient of a weight, give the x_t and g_t that norms and sums are made of. Each layer's part is taken as
-    soon as the backward pass has come to it, so that its output can be freed.
+    A convolution is a linear layer of the patch around each pixel, an embedding one whose x_t are one-hot. A
+    normalisation y_t = w * x_t + b, x_t its normalised input, has the gradients sum_t g_t * x_t and sum_t g_t. So
+    one forward and one backward pass, which computes no gradient of a weight, give the x_t and g_t that norms and
+    sums are made of. Each layer's part is taken as soon as the backward pass has come to it, so that its output can
+    be freed.
     """
     B, K = batch[0].shape[:2]
     found = {name: [] for name in parameters}   # one entry per call of the layer
@@ -310,6 +313,8 @@ def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tu
         x = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
     elif isinstance(layer, nn.GroupNorm):
         x = F.group_norm(x, layer.num_groups, eps=layer.eps)
+    elif isinstance(layer, nn.Conv2d) and (*layer.kernel_size, *layer.stride, *layer.padding) != (1, 1, 1, 1, 0, 0):
+        x = F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride)
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.GroupNorm):   # channels come second
         x, g = (v.flatten(2).transpose(1, 2) for v in (x, g))
     return x.reshape(B, -1, x.shape[-1]), g.reshape(B, -1, g.shape[-1])

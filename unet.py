@@ -40,6 +40,36 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return weights @ v
 
 
+def low_rank(inputs: int, outputs: int, rank: int) -> nn.Sequential | None:
+    """What LoRA (Hu et al. 2022, arXiv 2106.09685) adds to a linear layer: x -> up(down(x)), zero at first."""
+    if rank:
+        return nn.Sequential(nn.Linear(inputs, rank, bias=False), zero_init(nn.Linear(rank, outputs, bias=False)))
+
+
+class Linear(nn.Linear):
+    """A linear layer, with LoRA of the given rank if it is not 0."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, lora_rank: int = 0):
+        super().__init__(inputs, outputs, bias)
+        self.lora = low_rank(inputs, outputs, lora_rank)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.lora is None else y + self.lora(x)
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """The same for x [B, inputs, L], under the name of a convolution."""
+
+    def __init__(self, inputs: int, outputs: int, lora_rank: int = 0):
+        super().__init__(inputs, outputs, 1)
+        self.lora = low_rank(inputs, outputs, lora_rank)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.lora is None else y + self.lora(x.mT).mT
+
+
 class Downsample(nn.Module):
     """Halve H and W by a strided convolution."""
 
@@ -91,12 +121,12 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Multi-head self-attention over the H*W positions of x [B, C, H, W], added to x."""
 
-    def __init__(self, channels: int, num_heads: int):
+    def __init__(self, channels: int, num_heads: int, lora_rank: int = 0):
         super().__init__()
         self.num_heads = num_heads
         self.norm = group_norm(channels, eps=1e-5)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+        self.qkv = PointwiseConv1d(channels, 3 * channels, lora_rank)
+        self.proj_out = zero_init(PointwiseConv1d(channels, channels, lora_rank))
 
     def forward(self, x: torch.Tensor, context: None = None) -> torch.Tensor:
         B, C, H, W = x.shape
@@ -109,14 +139,14 @@ class AttentionBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x [B, L, query_dim] to context [B, M, context_dim], or to x itself."""
 
-    def __init__(self, query_dim: int, context_dim: int, num_heads: int, dim_head: int):
+    def __init__(self, query_dim: int, context_dim: int, num_heads: int, dim_head: int, lora_rank: int = 0):
         super().__init__()
         self.num_heads = num_heads
         inner = num_heads * dim_head
-        self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim, inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(0.0))
+        self.to_q = Linear(query_dim, inner, bias=False, lora_rank=lora_rank)
+        self.to_k = Linear(context_dim, inner, bias=False, lora_rank=lora_rank)
+        self.to_v = Linear(context_dim, inner, bias=False, lora_rank=lora_rank)
+        self.to_out = nn.Sequential(Linear(inner, query_dim, lora_rank=lora_rank), nn.Dropout(0.0))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         context = x if context is None else context
@@ -149,11 +179,11 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a pre-norm and a residual connection."""
 
-    def __init__(self, dim: int, num_heads: int, dim_head: int, context_dim: int):
+    def __init__(self, dim: int, num_heads: int, dim_head: int, context_dim: int, lora_rank: int = 0):
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, num_heads, dim_head)
+        self.attn1 = CrossAttention(dim, dim, num_heads, dim_head, lora_rank)
         self.ff = FeedForward(dim)
-        self.attn2 = CrossAttention(dim, context_dim, num_heads, dim_head)
+        self.attn2 = CrossAttention(dim, context_dim, num_heads, dim_head, lora_rank)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -165,12 +195,13 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the H*W positions of x [B, C, H, W], attending to context; added to x."""
 
-    def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int):
+    def __init__(self, channels: int, num_heads: int, depth: int, context_dim: int, lora_rank: int = 0):
         super().__init__()
         self.norm = group_norm(channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, num_heads, channels // num_heads, context_dim) for _ in range(depth))
+            BasicTransformerBlock(channels, num_heads, channels // num_heads, context_dim, lora_rank)
+            for _ in range(depth))
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -198,14 +229,15 @@ class UNet(nn.Module):
     """The noise predictor eps_theta(z_t, t, context); argument names as in the official configuration.
 
     `attention_resolutions` lists downsampling factors (1 = full size) that get attention; `num_heads`
-    is the number of heads, or `num_head_channels` their width. `context_dim` None: unconditional.
+    is the number of heads, or `num_head_channels` their width. `context_dim` None: unconditional. `lora_rank`
+    other than 0 gives the projections of the attention an addition of low rank, for private fine-tuning.
     """
 
     def __init__(self, in_channels: int, out_channels: int, model_channels: int, num_res_blocks: int,
                  attention_resolutions: list[int], channel_mult: list[int], num_heads: int = 1,
                  num_head_channels: int | None = None, transformer_depth: int = 1,
                  context_dim: int | None = None, use_scale_shift_norm: bool = False,
-                 resblock_updown: bool = False):
+                 resblock_updown: bool = False, lora_rank: int = 0):
         super().__init__()
         self.model_channels = model_channels
         emb_channels = 4 * model_channels
@@ -216,8 +248,8 @@ class UNet(nn.Module):
         def attention(channels):
             heads = channels // num_head_channels if num_head_channels else num_heads
             if context_dim is None:
-                return AttentionBlock(channels, heads)
-            return SpatialTransformer(channels, heads, transformer_depth, context_dim)
+                return AttentionBlock(channels, heads, lora_rank)
+            return SpatialTransformer(channels, heads, transformer_depth, context_dim, lora_rank)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb_channels), nn.SiLU(),
                                         nn.Linear(emb_channels, emb_channels))
@@ -263,28 +295,34 @@ class UNet(nn.Module):
         return self.out(h)
 
 
-def private_parameter_names(model: nn.Module, blocks: str = "all", context_tokens: int = 1) -> list[str]:
+PRIVATE_PARTS = ("attention", "lora", "resblocks", "all")
+
+
+def private_parameter_names(model: nn.Module, blocks: str = "all", context_tokens: int = 1,
+                            parts: str = "attention") -> list[str]:
     """Names of the parameters of `model` (with parts `unet`, `embedder`) that the private stage trains.
 
-    DP-LDM (section 3, "varying layers"): the attention modules of the U-Net and the conditioning
-    embedder. `blocks` chooses among the attention modules, numbered from 0 at the input: "all", "last:K"
-    (the last K) or "from:K" (number K and all after it). Raises ValueError for anything else.
+    The conditioning embedder and, of the U-Net, the attention modules (DP-LDM, section 3); or, as `parts`, only their
+    "lora" (DP-LoRA, Tsai et al. 2025), the "resblocks", or "all". `blocks` chooses among the attention modules,
+    numbered from 0 at the input: "all", "last:K" (the last K) or "from:K" (number K and all after it). Raises
+    ValueError for anything else.
 
     With one context token (class conditioning) the cross-attention's softmax runs over a single key and
     is the constant 1: to_q, to_k and the norm before them cannot change the output. Their gradient is
     zero, so DP-SGD would train them on pure noise (as the authors' code does); they stay frozen.
     """
-    attention = [name for name, module in model.named_modules()
-                 if isinstance(module, AttentionBlock | SpatialTransformer)]
+    kinds = {"resblocks": ResBlock, "all": UNet}.get(parts, AttentionBlock | SpatialTransformer)
+    modules = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     kind, _, number = blocks.partition(":")
-    if blocks != "all" and not (kind in ("last", "from") and number.isdecimal() and int(number) <= len(attention)):
-        raise ValueError(f"attention blocks {blocks!r}: give all, last:K or from:K with K from 0 to "
-                         f"{len(attention)}, the number of attention modules")
+    if blocks != "all" and (parts in ("resblocks", "all") or not (
+            kind in ("last", "from") and number.isdecimal() and int(number) <= len(modules))):
+        raise ValueError(f"attention blocks {blocks!r}: give all, last:K or from:K with K from 0 to the number of "
+                         f"attention modules, {len(modules)}; and only with attention or lora as what is trained")
     if kind == "last":
-        attention = attention[len(attention) - int(number):]
+        modules = modules[len(modules) - int(number):]
     elif kind == "from":
-        attention = attention[int(number):]
-    chosen = tuple(f"{name}." for name in [*attention, "embedder"])
+        modules = modules[int(number):]
     without_effect = ("attn2.to_q.", "attn2.to_k.", ".norm2.") if context_tokens == 1 else ()
     return [name for name, _ in model.named_parameters()
-            if name.startswith(chosen) and not any(part in name for part in without_effect)]
+            if name.startswith("embedder.") or name.startswith(tuple(f"{module}." for module in modules))
+            and (".lora." in name or parts != "lora") and not any(part in name for part in without_effect)]

@@ -13,7 +13,7 @@ from torch.func import functional_call
 import dp_sgd
 import train
 from ldm import noise_draws, q_sample
-from unet import UNet, private_parameter_names
+from unet import PRIVATE_PARTS, UNet, private_parameter_names
 
 
 def both_sums(model, names, batch, C, chunk) -> tuple[dict, dict]:
@@ -75,6 +75,21 @@ def test_it_equals_torch_func_on_the_unconditional_unet(blocks, K, chunk):
     assert_equal_sums(model, private_parameter_names(model, blocks), draws(7, K), None, chunk)
 
 
+@pytest.mark.parametrize("parts", PRIVATE_PARTS)
+@pytest.mark.parametrize("conditional", [True, False])
+def test_it_equals_torch_func_whatever_is_trained(parts, conditional):
+    torch.manual_seed(0)
+    model = (tiny_model() if conditional else Unconditional())
+    model.unet = UNet(**TINY.architecture(3)["unet"] | {"context_dim": 8 if conditional else None, "lora_rank": 2,
+                                                        "resblock_updown": conditional}).double()
+    for p in model.unet.parameters():
+        nn.init.normal_(p, std=0.3)
+    names = private_parameter_names(model, "all", parts=parts)
+    assert any(".lora." in name for name in names) == (parts != "resblocks")
+    assert any(".emb_layers." in name for name in names) == (parts in ("resblocks", "all"))
+    assert_equal_sums(model, names, draws(5, 2), None, 3)
+
+
 def test_layers_in_bfloat16_are_clipped_as_exactly_as_others():
     """Norms and sums of float32: each example, clipped to C, has the norm C to six digits. bfloat16 has three."""
     model = tiny_model().float()
@@ -101,6 +116,7 @@ class Layers(nn.Module):
         self.words, self.wide = nn.Embedding(5, 6), nn.Linear(6, 6)
         self.norm, self.group, self.narrow = nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.Linear(6, 2, bias=False)
         self.conv1, self.conv2 = nn.Conv1d(6, 6, 1), nn.Conv2d(6, 4, 1)
+        self.patch = nn.Conv2d(6, 3, (3, 2), stride=(2, 1), padding=(1, 1))
         for p in self.double().parameters():
             nn.init.normal_(p)
 
@@ -108,7 +124,7 @@ class Layers(nn.Module):
         x = self.wide(x + self.words(words)).tanh()
         x = self.wide(self.norm(x))
         x = self.conv1(self.group(x.mT)).tanh()
-        y = self.conv2(x[..., None]).flatten(1).square().mean(1)
+        y = self.conv2(x[..., None]).flatten(1).square().mean(1) + self.patch(x[..., None]).flatten(1).cos().sum(1)
         return y + self.narrow(x.mean(2)).square().sum(1) + self.wide(x.mean(2)).sin().sum(1)
 
 
@@ -150,7 +166,8 @@ def test_no_hook_is_left_behind():
 
 
 @pytest.mark.parametrize("layer", [
-    nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, stride=2), nn.Conv1d(4, 4, 1, groups=2), nn.BatchNorm2d(4),
+    nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same"),
+    nn.Conv2d(4, 4, 3, padding_mode="circular"), nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 1, groups=2), nn.BatchNorm2d(4),
     nn.LayerNorm((4, 4)), nn.Embedding(4, 4, padding_idx=0), nn.Bilinear(4, 4, 4)])
 def test_a_layer_without_a_rule_is_refused_by_name(layer):
     model = nn.ModuleDict({"attention": nn.ModuleDict({"odd": layer})})
@@ -171,7 +188,16 @@ def test_the_private_run_refuses_such_a_layer_before_it_trains(tmp_path, capsys,
     write_images(tmp_path / "public-images", [6, 6], seed=0)
     write_images(tmp_path / "private-images", [12, 12], seed=1)
     train.main(["--stage", "public", *arguments(tmp_path, tmp_path)])
-    monkeypatch.setattr(train, "private_parameter_names", lambda model, blocks: ["unet.out.2.weight"])
+    monkeypatch.setattr(train, "private_parameter_names", lambda model, *choice: ["unet.out.2.weight"])
+    replace_embedder = train.replace_embedder
+
+    def with_grouped_convolution(*arguments):
+        model = replace_embedder(*arguments)
+        before, after = model.unet.out[2].in_channels, model.unet.out[2].out_channels
+        model.unet.out[2] = nn.Conv2d(before, after, 3, padding=1, groups=math.gcd(before, after))
+        return model
+
+    monkeypatch.setattr(train, "replace_embedder", with_grouped_convolution)
     before = sorted(tmp_path.iterdir())
     capsys.readouterr()
     assert "no rule for the layer unet.out.2" in refuse(capsys, train, arguments(tmp_path, tmp_path))
