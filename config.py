@@ -15,6 +15,7 @@ import torch
 import data
 from accountant import ACCOUNTANTS
 from ldm import check_sampling
+from unet import PRIVATE_PARTS
 
 
 def option(default, text: str):
@@ -71,6 +72,9 @@ class Config:
     noise_draws: int = option(1, "K: diffusion noise draws averaged in one example's gradient")
     private_lr: float = option(2e-3, "learning rate of the private stage")
     embedder_scale: float = option(30.0, "the embedder is trained in units of 1/this, which multiplies its gradient")
+    train: str = option("attention", "what of the U-Net is fine-tuned: attention, lora (of low rank, in its "
+                        "projections), resblocks or all")
+    lora_rank: int = option(8, "rank of --train lora")
     attention_blocks: str = option("all", "attention modules to fine-tune: all, last:K or from:K")
     engine: str = option("ghost", "how gradients are clipped: ghost (fast), or func (torch.func, for reading)")
     chunk: str = option("256", "examples whose gradients are in memory at a time, or auto: as many as fit")
@@ -123,6 +127,8 @@ class Config:
             raise ValueError(f"--public-data and --private-data are both {self.private_data}; they must differ")
         if self.channels not in (1, 3):
             raise ValueError(f"--channels must be 1 (grey) or 3 (colour), not {self.channels}")
+        if self.train not in PRIVATE_PARTS:
+            raise ValueError(f"unknown --train {self.train!r}: give one of {', '.join(PRIVATE_PARTS)}")
         if not re.fullmatch(r"all|(last|from):[0-9]+", self.attention_blocks):
             raise ValueError(f"--attention-blocks must be all, last:K or from:K, not {self.attention_blocks!r}")
         smallest = 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)

@@ -226,6 +226,19 @@ def replace_embedder(model: LatentDiffusion, init_from: list[int] | None, num_cl
     return new
 
 
+def with_lora(model: LatentDiffusion, rank: int, seed: int) -> LatentDiffusion:
+    """A copy of `model`, whose outputs are the same, with LoRA of this rank in its attention.
+
+    What LoRA's weights start from follows from the seed: public, and the same in all processes of a run.
+    """
+    if model.architecture["unet"].get("lora_rank") == rank:   # it was fine-tuned so before
+        return model
+    torch.manual_seed(seed)
+    new = LatentDiffusion({**model.architecture, "unet": {**model.architecture["unet"], "lora_rank": rank}})
+    new.load_state_dict(model.state_dict(), strict=False)
+    return new.eval()
+
+
 def save_checkpoint(path: Path, model: LatentDiffusion, **facts) -> None:
     """Write model and facts (plain values) atomically; load_checkpoint reads them."""
     with atomic_write(path) as file:

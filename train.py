@@ -37,7 +37,7 @@ from dp_sgd import (
     secure_generator,
     sum_over_processes,
 )
-from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint
+from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint, with_lora
 from unet import private_parameter_names
 from vae import AutoencoderKL
 
@@ -270,10 +270,15 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str])
     public_config = facts.get("public_config", facts["config"])
     if public_config["public_data"] == config.private_data:
         raise ValueError(f"{public} was trained on {config.private_data} without privacy")
-    if model.architecture != config.architecture(model.architecture["num_classes"]):
+    wanted = config.architecture(model.architecture["num_classes"])
+    if "lora_rank" in model.architecture["unet"]:   # an earlier private run added it
+        wanted["unet"]["lora_rank"] = model.architecture["unet"]["lora_rank"]
+    if model.architecture != wanted:
         raise ValueError(f"{public} has another architecture than the flags ask for: "
                          "give the flags it was trained with, or another --out")
     model = replace_embedder(model, data.starting_classes(classes, facts["classes"]), len(classes))
+    if config.train == "lora":
+        model = with_lora(model, config.lora_rank, config.seed)
     return model, plan, earlier, public_config, None
 
 
@@ -286,7 +291,7 @@ def run_private(config: Config, public: Path, target: Path) -> None:
         interrupted_run(config, unfinished, N) if resumes else new_run(config, public, N, dataset.classes))
     epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
     model.to(config.torch_device)
-    names = private_parameter_names(model, config.attention_blocks)
+    names = private_parameter_names(model, config.attention_blocks, parts=config.train)
     if config.engine == "ghost":
         dp_sgd.ghost_layers(model, names)   # complains now rather than after the announcement
     announce(model, names, plan, epsilon, earlier, config, public_config["public_data"])

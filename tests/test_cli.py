@@ -160,6 +160,7 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     (["--max-grad-norm", "0"], "--max-grad-norm"),
     (["--preset", "nonsense"], "unknown preset"),
     (["--stage", "nonsense"], "unknown stage"),
+    (["--train", "nonsense"], "unknown --train"),
     (["--accountant", "nonsense"], "unknown accountant"),
     (["--private-data", "nonsense"], "unknown data"),
     (["--attention-blocks", "first:2"], "--attention-blocks"),

@@ -188,7 +188,7 @@ def test_the_private_run_refuses_such_a_layer_before_it_trains(tmp_path, capsys,
     write_images(tmp_path / "public-images", [6, 6], seed=0)
     write_images(tmp_path / "private-images", [12, 12], seed=1)
     train.main(["--stage", "public", *arguments(tmp_path, tmp_path)])
-    monkeypatch.setattr(train, "private_parameter_names", lambda model, *choice: ["unet.out.2.weight"])
+    monkeypatch.setattr(train, "private_parameter_names", lambda model, *blocks, **parts: ["unet.out.2.weight"])
     replace_embedder = train.replace_embedder
 
     def with_grouped_convolution(*arguments):
