@@ -125,8 +125,8 @@ def test_sample_and_evaluate_round_trip(trained, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(npz), "--real", "digits", "--ceiling", "--steps", "3", "--seeds", "2"])
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table] == ["training", "s", "real"]
-    assert all(re.search(r"\d+\.\d+% \+- \d+\.\d+% \(2 seeds\)", line) for line in table[1:])
+    assert [line.split()[0] for line in table] == ["accuracy", "training", "s", "real"]
+    assert all(re.search(r"\d+\.\d+% \+- \d+\.\d+%", line) for line in table[2:])
 
 
 def test_samples_follow_the_seed(trained):
@@ -141,8 +141,8 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     test = data.Dataset(digits.images[:60], digits.labels[:60], ["0", "1"])
     flipped = data.Dataset(test.images, 1 - test.labels, ["0", "1"])
     rest = data.Dataset(digits.images[60:], digits.labels[60:], ["0", "1"])
-    right = evaluate.train_and_test(rest, test, seed=0, steps=40, device=torch.device("cpu"))
-    wrong = evaluate.train_and_test(rest, flipped, seed=0, steps=40, device=torch.device("cpu"))
+    right = evaluate.train_and_test("small-cnn", rest, test, seed=0, steps=40, device=torch.device("cpu"))
+    wrong = evaluate.train_and_test("small-cnn", rest, flipped, seed=0, steps=40, device=torch.device("cpu"))
     assert right > 0.9
     assert right + wrong == pytest.approx(1.0)   # the same classifier, whatever the test labels say
 
