@@ -17,8 +17,8 @@ test: .venv/installed
 # Both fine-tunings run side by side, each on one core: that uses two cores better than two threads do.
 demo: .venv/installed $(RUN)/public.pt
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUN)/eps10.npz $(RUN)/eps1.npz
-	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --guidance 2.5 --grid $(RUN)/samples.png
-	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --steps 250
+	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --steps 250 --json $(RUN)/results.json --overwrite
+	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --guidance 2.5 --grid $(RUN)/samples.png --caption-from $(RUN)/results.json
 
 $(RUN)/%.npz: $(RUN)/private-%.pt
 	$(PYTHON) sample.py $< --npz $@ --count 1000 --guidance 2.5

@@ -140,10 +140,10 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 # ---- pictures --------------------------------------------------------------------------------------
 
-def save_grid(path: Path, panels: list[tuple[str, np.ndarray, list[str]]]) -> None:
+def save_grid(path: Path, panels: list[tuple[str, np.ndarray, list[str]]], caption: str = "") -> None:
     """A PNG of titled panels side by side, each a grid of images with a name in front of every row.
 
-    panels: (title, uint8 images [rows, columns, H, W, C], row names).
+    panels: (title, uint8 images [rows, columns, H, W, C], row names). The caption goes below, in lines as wide as they.
     """
     font = ImageFont.load_default(14)
     margin = 8
@@ -160,8 +160,15 @@ def save_grid(path: Path, panels: list[tuple[str, np.ndarray, list[str]]]) -> No
                 panel.paste(Image.fromarray(images[r, c].squeeze(-1) if images.shape[-1] == 1 else images[r, c]),
                             (left + c * width, 22 + r * height))
         drawn.append(panel)
-    picture = Image.new("RGB", (sum(p.width + margin for p in drawn) + margin,
-                                max(p.height for p in drawn) + 2 * margin), "white")
+    width, bottom = sum(p.width + margin for p in drawn) + margin, max(p.height for p in drawn) + 2 * margin
+    lines = []
+    for word in caption.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width - 2 * margin:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    picture = Image.new("RGB", (width, bottom + 18 * len(lines) + margin * bool(lines)), "white")
+    ImageDraw.Draw(picture).multiline_text((margin, bottom), "\n".join(lines), fill="black", font=font)
     x = margin
     for panel in drawn:
         picture.paste(panel, (x, margin))

@@ -2,13 +2,17 @@
 
     python sample.py runs/glyphs/private-eps1.pt --grid digits.png
     python sample.py runs/glyphs/private-eps1.pt --npz digits.npz --count 10000
-    python sample.py PUBLIC.pt EPS10.pt EPS1.pt --real digits --grid figure.png     # side by side
+    python sample.py PUBLIC.pt EPS10.pt EPS1.pt --real digits --grid figure.png --caption-from results.json
+
+The last line puts samples side by side; the caption has the accuracies that `evaluate.py --json results.json` found.
 
 Sampling is post-processing: it reads only the checkpoint and costs no privacy, however many images are drawn.
 `--real` is the exception: it puts real test images beside the samples, for data that may be shown.
 """
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -41,16 +45,50 @@ def uniform_labels(count: int, classes: int) -> np.ndarray:
     return np.arange(count) % classes
 
 
-def grid_panel(path: Path, args: argparse.Namespace) -> tuple[str, np.ndarray, list[str]]:
+def origin(path: Path, facts: dict) -> dict:
+    """Which checkpoint (`path`, holding `facts`) samples are from, and what it has spent: None if only public data."""
+    found = dict(checkpoint=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), epsilon=None, delta=None)
+    if facts.get("ledger"):
+        found["delta"] = facts["plan"]["delta"]
+        found["epsilon"] = spent_epsilon(facts["ledger"], found["delta"], facts["config"]["accountant"])
+    return found
+
+
+def title(source: dict) -> str:
+    return f"eps = {source['epsilon']:.3g}" if source["epsilon"] else "public only"
+
+
+def caption(origins: list[dict], results: Path | None) -> str:
+    """What is to be said of samples: their delta, and the accuracies that evaluate.py --json found for them.
+
+    ValueError if `results` is no file of evaluate.py, or one about none of these checkpoints.
+    """
+    deltas = sorted({o["delta"] for o in origins if o["delta"]})
+    text = f"delta = {', '.join(f'{d:g}' for d in deltas)}. " if deltas else ""
+    if not results:
+        return text
+    try:
+        report = json.loads(results.read_text())
+        shown = {o["sha256"]: title(o) for o in origins}
+        parts = []
+        for row in report["results"]:
+            scores = ", ".join(f"{name} {a['mean']:.2%}" for name, a in row["accuracy"].items())
+            if row["origin"].get("sha256") in shown or row["origin"].get("real"):
+                parts.append(f"{shown.get(row['origin'].get('sha256'), 'real images')}: {scores}")
+        head = f"Accuracy on {report['test_images']:,} real test images of classifiers trained on"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{results} is no readable file of evaluate.py --json: {error!r}") from error
+    if not any(row["origin"].get("sha256") in shown for row in report["results"]):
+        raise ValueError(f"{results} is about other checkpoints: evaluate samples of these (sample.py --npz) first")
+    return f"{text}{head} {'; '.join(parts)} (mean of {report['seeds']})."
+
+
+def grid_panel(model: LatentDiffusion, names: list[str], source: dict,
+               args: argparse.Namespace) -> tuple[str, np.ndarray, list[str]]:
     """Title, samples [rows, columns, H, W, C] and row names of one checkpoint, for data.save_grid."""
-    model, facts = load_checkpoint(path)
-    names = facts["classes"][:10]
     labels = np.repeat(np.arange(len(names)), args.columns)
     images = sample(model.to(args.device), labels, args.steps, args.eta, args.order, args.guidance, args.seed)
-    title = "public only"
-    if facts.get("ledger"):
-        title = f"eps = {spent_epsilon(facts['ledger'], facts['plan']['delta'], facts['config']['accountant']):.3g}"
-    return title, images.reshape(len(names), args.columns, *images.shape[1:]), names
+    return title(source), images.reshape(len(names), args.columns, *images.shape[1:]), names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--npz", type=Path, help="write this .npz: images uint8 [n, H, W, C], labels int64 [n]")
     parser.add_argument("--count", type=int, default=10_000, help="images in the .npz (default 10000)")
     parser.add_argument("--real", help="first panel of the grid: real test images (letters, digits, mnist, ...)")
+    parser.add_argument("--caption-from", type=Path, metavar="FILE",
+                        help="put the accuracies in this file of evaluate.py --json below the grid")
     parser.add_argument("--data-dir", default="data", help="folder of the files of named data sets")
     parser.add_argument("--columns", type=int, default=10, help="images per class in the grid (default 10)")
     parser.add_argument("--steps", type=int, default=12, help="network evaluations (default 12)")
@@ -75,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--npz takes one checkpoint and a --count of at least 1")
     if args.columns < 1:
         raise ValueError(f"--columns must be at least 1, not {args.columns}")
+    if args.caption_from and not args.grid:
+        raise ValueError("--caption-from is for --grid FILE.png: give that too")
     check_sampling(args.steps, args.eta, args.order)   # complains now rather than after loading
 
     args.device = find_device(args.device)
@@ -82,16 +124,21 @@ def main(argv: list[str] | None = None) -> None:
         model, facts = load_checkpoint(args.checkpoints[0])
         labels = uniform_labels(args.count, len(facts["classes"]))
         images = sample(model.to(args.device), labels, args.steps, args.eta, args.order, args.guidance, args.seed)
-        data.save_arrays(args.npz, images=images, labels=labels)
+        source = dict(origin(args.checkpoints[0], facts), steps=args.steps, order=args.order, eta=args.eta,
+                      guidance=args.guidance, seed=args.seed)
+        data.save_arrays(args.npz, images=images, labels=labels, origin=np.array(json.dumps(source)))
         print(f"wrote {args.count:,} images to {args.npz}")
     if args.grid:
-        panels = []
+        loaded = [load_checkpoint(path) for path in args.checkpoints]
+        origins = [origin(path, facts) for path, (_, facts) in zip(args.checkpoints, loaded, strict=True)]
+        text, panels = caption(origins, args.caption_from), []
         if args.real:
-            vae = load_checkpoint(args.checkpoints[0])[1]["architecture"]["vae"]
+            vae = loaded[0][1]["architecture"]["vae"]
             real = data.load(args.real, "test", args.data_dir, vae["resolution"], vae["in_channels"])
             panels.append(("real", *data.rows_by_class(real, args.columns)))
-        panels += [grid_panel(path, args) for path in args.checkpoints]
-        data.save_grid(args.grid, panels)
+        panels += [grid_panel(model, facts["classes"][:10], source, args)
+                   for (model, facts), source in zip(loaded, origins, strict=True)]
+        data.save_grid(args.grid, panels, text)
         print(f"wrote {args.grid}")
 
 

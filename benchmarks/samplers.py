@@ -15,45 +15,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from scipy import linalg  # noqa: E402
 
 import data  # noqa: E402
-from evaluate import make_classifier  # noqa: E402
+from evaluate import frechet_distance, judged, mean_and_covariance, train_judge  # noqa: E402
 from ldm import load_checkpoint  # noqa: E402
 from sample import sample, uniform_labels  # noqa: E402
-from train import to_pixels  # noqa: E402
 
 CPU = torch.device("cpu")
 SAMPLERS = [(steps, 1.0, 1) for steps in (50, 25, 12, 8)] + [(steps, 0.0, 1) for steps in (50, 25, 12, 8)] + [
     (steps, 0.0, 2) for steps in (50, 25, 12, 8, 5)]   # steps, eta, order
-
-
-def train_judge(real: data.Dataset, steps: int = 1_500) -> torch.nn.Module:
-    torch.manual_seed(0)
-    judge, labels = make_classifier(real.images.shape[-1], len(real.classes)), torch.from_numpy(real.labels)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
-    for _ in range(steps):
-        chosen = torch.randint(len(labels), (64,))
-        loss = F.cross_entropy(judge(to_pixels(real.images[chosen.numpy()], CPU)), labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return judge.eval()
-
-
-@torch.inference_mode()
-def judged(judge: torch.nn.Module, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N, 512], class int [N]) of uint8 images."""
-    features = torch.cat([judge[:-2](x) for x in to_pixels(images, CPU).split(500)])
-    return features.numpy(), judge[-1](features).argmax(1).numpy()
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Distance of the Gaussians fitted to two sets of features [N, d] (Dowson and Landau 1982)."""
-    covariances = np.cov(a.T), np.cov(b.T)
-    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
 
 
 def main() -> None:
@@ -65,8 +35,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000)
     args = parser.parse_args()
     model, facts = load_checkpoint(args.checkpoint)
-    judge = train_judge(data.load(args.real, "train", args.data_dir))
-    real, _ = judged(judge, data.load(args.real, "test", args.data_dir).images[:4_000])
+    judge = train_judge(data.load(args.real, "train", args.data_dir), CPU)
+    real = mean_and_covariance([judged(judge, data.load(args.real, "test", args.data_dir).images[:4_000])[0]])
     labels = uniform_labels(args.count, len(facts["classes"]))
     print("| sampler | evaluations | Frechet distance | recognised | seconds |\n|---|---|---|---|---|")
     for steps, eta, order in SAMPLERS:
@@ -74,8 +44,9 @@ def main() -> None:
         images = sample(model, labels, steps, eta, order, args.guidance, seed=3)
         seconds = time.perf_counter() - start
         features, seen = judged(judge, images)
+        distance = frechet_distance(*mean_and_covariance([features]), *real)
         name = "second order" if order == 2 else f"DDIM, eta {eta:g}"
-        print(f"| {name} | {steps} | {frechet(features, real):.2f} | {np.mean(seen == labels):.1%} | {seconds:.0f} |",
+        print(f"| {name} | {steps} | {distance:.2f} | {np.mean(seen == labels):.1%} | {seconds:.0f} |",
               flush=True)
 
 

@@ -1,6 +1,8 @@
 """The programs on tiny arguments: what they write and print, and how they refuse bad input."""
 
 import dataclasses
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -112,21 +114,46 @@ def test_private_loss_is_shown_only_when_asked_for(tmp_path, trained, capsys):
     assert "WARNING" in loud.out and re.search(r"not_private_loss=\d", loud.err)
 
 
-def test_sample_and_evaluate_round_trip(trained, tmp_path, capsys):
+def test_sample_and_evaluate_round_trip(trained, tmp_path, capsys, monkeypatch):
     private, npz, grid = trained / "private-eps3.pt", tmp_path / "s.npz", tmp_path / "g.png"
     sample.main([str(private), "--npz", str(npz), "--count", "43", "--steps", "2"])
     with np.load(npz) as arrays:
         assert arrays["images"].dtype == np.uint8 and arrays["images"].shape == (43, 32, 32, 1)
         assert sorted(np.bincount(arrays["labels"], minlength=10)) == [4] * 7 + [5] * 3   # uniform
+    capsys.readouterr()
+    results = tmp_path / "r.json"
+    evaluate.main([str(npz), "--real", "digits", "--ceiling", "--steps", "3", "--seeds", "2", "--json", str(results)])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["accuracy", "training", "s", "real"]
+    assert all(re.search(r"\d+\.\d+% \+- \d+\.\d+%", line) for line in table[2:])
+    origin = json.loads(results.read_text())["results"][0]["origin"]
+    assert 2.99 < origin["epsilon"] <= 3.0 and origin["delta"] == 1e-5 and origin["guidance"] == 1.5
+    captions, save_grid = [], data.save_grid
+    monkeypatch.setattr(data, "save_grid", lambda path, panels, caption: (
+        captions.append(caption), save_grid(path, panels, caption)))
     sample.main([str(trained / "public.pt"), str(private), "--real", "digits", "--grid", str(grid),
-                 "--steps", "2", "--columns", "3"])
+                 "--steps", "2", "--columns", "3", "--caption-from", str(results)])
     width, height = Image.open(grid).size
     assert width > 3 * 3 * 32 and height > 10 * 32
-    capsys.readouterr()
-    evaluate.main([str(npz), "--real", "digits", "--ceiling", "--steps", "3", "--seeds", "2"])
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table] == ["training", "s", "real"]
-    assert all(re.search(r"\d+\.\d+% \+- \d+\.\d+% \(2 seeds\)", line) for line in table[1:])
+    means = [f"{row['accuracy']['small-cnn']['mean']:.2%}" for row in json.loads(results.read_text())["results"]]
+    assert captions == ["delta = 1e-05. Accuracy on 50 real test images of classifiers trained on eps = 3: small-cnn "
+                        f"{means[0]}; real images: small-cnn {means[1]} (mean of 2)."]
+
+
+def test_captions_are_never_about_other_checkpoints(trained, tmp_path, capsys):
+    def row(sha256):
+        return dict(origin=dict(sha256=sha256), accuracy=dict(cnn=dict(mean=0.5)))
+
+    public, results = trained / "public.pt", tmp_path / "r.json"
+    for content in (dict(results=[row("0" * 64)], test_images=9, seeds=1), dict(results=[{}]), [], "{"):
+        results.write_text(content if content == "{" else json.dumps(content))
+        message = refuse(capsys, sample, [public, "--grid", tmp_path / "g.png", "--caption-from", results])
+        assert "r.json" in message and not (tmp_path / "g.png").exists()
+    own = hashlib.sha256(public.read_bytes()).hexdigest()
+    results.write_text(json.dumps(dict(results=[row("0" * 64), row(own)], test_images=9, seeds=1)))
+    sources = [dict(sha256=own, epsilon=None, delta=None)]
+    assert sample.caption(sources, results).count("50.00%") == 1
+    assert sample.caption(sources, None) == ""
 
 
 def test_samples_follow_the_seed(trained):
@@ -141,8 +168,8 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     test = data.Dataset(digits.images[:60], digits.labels[:60], ["0", "1"])
     flipped = data.Dataset(test.images, 1 - test.labels, ["0", "1"])
     rest = data.Dataset(digits.images[60:], digits.labels[60:], ["0", "1"])
-    right = evaluate.train_and_test(rest, test, seed=0, steps=40, device=torch.device("cpu"))
-    wrong = evaluate.train_and_test(rest, flipped, seed=0, steps=40, device=torch.device("cpu"))
+    right = evaluate.train_and_test("small-cnn", rest, test, seed=0, steps=40, device=torch.device("cpu"))
+    wrong = evaluate.train_and_test("small-cnn", rest, flipped, seed=0, steps=40, device=torch.device("cpu"))
     assert right > 0.9
     assert right + wrong == pytest.approx(1.0)   # the same classifier, whatever the test labels say
 
@@ -242,7 +269,9 @@ def test_unreadable_image_is_named(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--grid", "g.png", "--steps", "0"], ["--grid", "g.png", "--eta", "2"],
                                        ["--grid", "g.png", "--eta", "0.5"], ["--grid", "g.png", "--order", "3"],
-                                       ["--npz", "s.npz", "--count", "0"]])
+                                       ["--npz", "s.npz", "--count", "0"],
+                                       ["--npz", "s.npz", "--caption-from", "r.json"],
+                                       ["--grid", "g.png", "--caption-from", "missing.json"]])
 def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     refuse(capsys, sample, [trained / "public.pt", *arguments])
