@@ -73,13 +73,14 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def mismatch(path: Path, size: int, md5: str) -> str | None:
-    """What is wrong with a file that should have this size in bytes and this MD5; None if nothing is."""
+def mismatch(path: Path, size: int, checksum: str) -> str | None:
+    """What is wrong with a file that should have this size in bytes and this MD5 or SHA-256; None if nothing is."""
     if size_of(path) != size:
         return f"{size_of(path):,} bytes instead of {size:,}"
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    return None if found == md5 else f"MD5 {found} instead of {md5}"
+        kind = "MD5" if len(checksum) == 32 else "SHA256"
+        found = hashlib.file_digest(file, kind).hexdigest()
+    return None if found == checksum else f"{kind} {found} instead of {checksum}"
 
 
 def transfer(address: str, partial: Path, size: int, timeout: float) -> None:
@@ -111,8 +112,8 @@ def transfer(address: str, partial: Path, size: int, timeout: float) -> None:
         raise OSError(f"the connection ended after {size_of(partial):,} of {size:,} bytes")
 
 
-def fetch(path: Path, addresses: list[str], size: int, md5: str, timeout: float = 20.0) -> None:
-    """Download `path` from the first of the addresses that delivers it, of the given size in bytes and MD5.
+def fetch(path: Path, addresses: list[str], size: int, checksum: str, timeout: float = 20.0) -> None:
+    """Download `path` from the first of the addresses that delivers it, of the given size and checksum.
 
     A transfer that stalls or breaks off is taken up where it stopped, as long as something arrives each time; else it
     is the next address's turn. All have two turns. ValueError with the last problem if none delivers.
@@ -124,7 +125,7 @@ def fetch(path: Path, addresses: list[str], size: int, md5: str, timeout: float 
             start = size_of(partial)
             try:
                 transfer(address, partial, size, timeout)
-                if not (wrong := mismatch(partial, size, md5)):
+                if not (wrong := mismatch(partial, size, checksum)):
                     os.replace(partial, path)
                     return
                 problem = f"{address}: {wrong}"

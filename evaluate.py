@@ -14,14 +14,12 @@ What is measured on private images (accuracies, distances, the statistics in dat
 
 import argparse
 import hashlib
-import http.client
 import json
 import math
 import platform
 import shlex
 import sys
 import time
-import urllib.request
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,11 +35,13 @@ from torch import nn
 from tqdm import tqdm, trange
 
 import data
+import download
 from config import Parser, find_device, one_line_errors
 from train import lr_at, to_pixels
 
-# The TorchScript network of StyleGAN2-ADA, 95,607,719 bytes; the same weights as in Heusel et al. 2017.
+# The TorchScript network of StyleGAN2-ADA; the same weights as in Heusel et al. 2017.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+INCEPTION_BYTES = 95_607_719
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
@@ -226,16 +226,8 @@ def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, 
 def fetch_inception(path: Path) -> None:
     """Download the Inception network to `path`. ValueError with the address if that fails."""
     try:
-        with urllib.request.urlopen(INCEPTION_URL, timeout=30) as response, data.atomic_write(path) as file:
-            digest = hashlib.sha256()
-            with tqdm(total=int(response.headers.get("Content-Length", 0)), desc=path.name, unit="B",
-                      unit_scale=True) as progress:
-                while block := response.read(1 << 20):
-                    digest.update(block)
-                    progress.update(file.write(block))
-            if digest.hexdigest() != INCEPTION_SHA256:
-                raise OSError(f"the {progress.n:,} bytes that came are damaged or cut short")
-    except (OSError, http.client.HTTPException) as error:
+        download.fetch(path, [INCEPTION_URL], INCEPTION_BYTES, INCEPTION_SHA256)
+    except ValueError as error:
         raise ValueError(f"cannot fetch {INCEPTION_URL} ({error}): put that file at {path}") from error
 
 
