@@ -15,7 +15,7 @@ from torch import nn
 
 from data import atomic_write
 from unet import UNet
-from vae import AutoencoderKL, DiagonalGaussian
+from vae import AutoencoderKL, AutoencoderVQ, DiagonalGaussian
 
 
 def make_alphas_cumprod(linear_start: float, linear_end: float, timesteps: int = 1000) -> torch.Tensor:
@@ -58,13 +58,13 @@ class LatentDiffusion(nn.Module):
     """The whole model: `vae`, `unet`, `embedder`, the noise schedule and the latent scale.
 
     `architecture` (plain numbers, stored in checkpoints) has the keys vae and unet (the arguments of
-    AutoencoderKL and UNet), num_classes, linear_start and linear_end.
+    AutoencoderKL, or with n_embed AutoencoderVQ, and UNet), num_classes, linear_start and linear_end.
     """
 
     def __init__(self, architecture: dict):
         super().__init__()
         self.architecture = architecture
-        self.vae = AutoencoderKL(**architecture["vae"])
+        self.vae = (AutoencoderVQ if "n_embed" in architecture["vae"] else AutoencoderKL)(**architecture["vae"])
         self.unet = UNet(**architecture["unet"])
         self.embedder = ClassEmbedder(architecture["num_classes"], architecture["unet"]["context_dim"])
         alphas_cumprod = make_alphas_cumprod(architecture["linear_start"], architecture["linear_end"])
