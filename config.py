@@ -52,7 +52,7 @@ class Config:
     res_blocks: int = option(1, "residual blocks per level")
     attention_resolutions: tuple[int, ...] = option((1,), "downsampling factors with attention")
     num_heads: int = option(4, "attention heads")
-    context_dim: int = option(64, "width of the class embedding")
+    context_dim: int = option(64, "width of the class embedding; 0: unconditional, without classes")
     linear_start: float = option(0.0015, "first beta of the noise schedule")
     linear_end: float = option(0.0195, "last beta of the noise schedule")
     label_dropout: float = option(0.1, "share of examples trained with the null class, for guidance")
@@ -89,12 +89,14 @@ class Config:
         unet = dict(in_channels=self.latent_channels, out_channels=self.latent_channels,
                     model_channels=self.unet_channels, num_res_blocks=self.res_blocks,
                     attention_resolutions=list(self.attention_resolutions), channel_mult=list(self.unet_mult),
-                    num_heads=self.num_heads, context_dim=self.context_dim)
+                    num_heads=self.num_heads, context_dim=self.context_dim or None)
         return dict(vae=vae, unet=unet, num_classes=num_classes,
                     linear_start=self.linear_start, linear_end=self.linear_end)
 
     def load_data(self, source: str) -> data.Dataset:
-        return data.load(source, "train", self.data_dir, self.image_size, self.channels)
+        """The training images; an unconditional model takes them for one class."""
+        dataset = data.load(source, "train", self.data_dir, self.image_size, self.channels)
+        return dataset if self.context_dim else data.Dataset(dataset.images, 0 * dataset.labels, ["all"])
 
     def check(self) -> None:
         """ValueError naming the first flag whose value cannot work."""
@@ -103,7 +105,7 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
-                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta")
+                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta", "context_dim")
                 if f.type not in (bool, str) and f.name != "insecure_noise_seed" and not (
                         number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")

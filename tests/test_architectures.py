@@ -1,11 +1,17 @@
-"""The VQ autoencoder."""
+"""The VQ autoencoder, unconditional models."""
+
+import re
 
 import numpy as np
+import pytest
 import torch
+from test_cli import TINY, few_glyphs  # noqa: F401  (few_glyphs runs by itself)
 from test_models import close, load_official, oracle, randn, randomised
 
 import ldm
-from ldm import LatentDiffusion
+import sample
+import train
+from ldm import LatentDiffusion, NoEmbedder, load_checkpoint, replace_embedder
 from vae import AutoencoderKL, AutoencoderVQ, DiagonalGaussian, VectorQuantizer
 
 # ---- VQ autoencoder --------------------------------------------------------------------------------
@@ -78,3 +84,48 @@ def test_kl_autoencoders_are_what_they_were():
     arguments = {key: value for key, value in VQ.items() if key != "n_embed"}
     assert AutoencoderKL(**arguments).encoder.conv_out.out_channels == 6
     assert AutoencoderVQ(**VQ).encoder.conv_out.out_channels == 3
+
+
+# ---- unconditional models --------------------------------------------------------------------------
+
+UNCONDITIONAL = dict(
+    vae=dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[], in_channels=1, resolution=8, z_channels=3,
+             embed_dim=3),
+    unet=dict(in_channels=3, out_channels=3, model_channels=16, num_res_blocks=1, attention_resolutions=[1, 2],
+              channel_mult=[1, 2], num_heads=2, context_dim=None),
+    num_classes=1, linear_start=0.0015, linear_end=0.0195)
+
+
+def test_an_unconditional_model_has_no_embedder_and_ignores_labels():
+    model = randomised(LatentDiffusion(UNCONDITIONAL))
+    assert isinstance(model.embedder, NoEmbedder) and not any("embedder" in name for name in model.state_dict())
+    z, t, eps = randn(2, 3, 4, 4), torch.tensor([3, 900]), randn(2, 3, 4, 4, seed=2)
+    zero, one = torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    assert torch.equal(model(z, t, eps, zero), model(z, t, eps, one))
+    assert replace_embedder(model, None, 7).architecture["num_classes"] == 7
+
+
+def test_unconditional_guidance_is_one():
+    model, calls = randomised(LatentDiffusion(UNCONDITIONAL)), []
+    forward = model.unet.forward
+    model.unet.forward = lambda *arguments: calls.append(1) or forward(*arguments)
+    labels = torch.zeros(2, dtype=torch.long)
+    images = [model.generate(labels, 3, guidance=w, generator=torch.Generator().manual_seed(0)) for w in (1.0, 4.0)]
+    assert torch.equal(*images) and len(calls) == 6
+
+
+@pytest.mark.parametrize("engine", ["ghost", "func"])
+def test_an_unconditional_model_is_trained_and_sampled_end_to_end(tmp_path, engine):
+    flags = [*TINY, "--context-dim", "0"]
+    train.main(["--stage", "public", "--out", str(tmp_path), *flags])
+    train.main(["--eps", "3", "--engine", engine, "--out", str(tmp_path), *flags])
+    (public, _), (private, facts) = (load_checkpoint(tmp_path / f"{n}.pt") for n in ("public", "private-eps3"))
+    after = private.state_dict()
+    changed = {name for name, tensor in public.state_dict().items() if not torch.equal(tensor, after[name])}
+    assert facts["classes"] == ["all"] and changed
+    assert all(re.search(r"^unet.*\.(norm|qkv|proj_out)\.", name) for name in changed)
+    sample.main([str(tmp_path / "private-eps3.pt"), "--npz", str(tmp_path / "s.npz"), "--count", "6", "--steps", "2",
+                 "--grid", str(tmp_path / "g.png")])
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert arrays["images"].shape == (6, 32, 32, 1) and not arrays["labels"].any()
+    assert (tmp_path / "g.png").exists()
