@@ -57,10 +57,11 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     else:
         raise ValueError(f"unknown data {source!r}: give letters, digits, mnist, or a folder or zip that exists")
     border = image_size - dataset.images.shape[1]
-    if border < 0 or channels != 1:
-        raise ValueError(f"{source} images are 28x28 grey: image_size must be at least 28 and channels 1")
+    if border < 0:
+        raise ValueError(f"{source} images are 28x28: image_size must be at least 28")
     before, after = border // 2, border - border // 2
     dataset.images = np.pad(dataset.images, ((0, 0), (before, after), (before, after), (0, 0)))
+    dataset.images = dataset.images.repeat(channels, axis=-1)   # 3: grey, as a colour
     return dataset
 
 

@@ -12,8 +12,6 @@ ledger beside them, and can be stopped (Ctrl-C) and taken up again (--resume).
 import dataclasses
 import math
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,7 +24,7 @@ from tqdm import trange
 
 import data
 import dp_sgd
-from config import Config, one_line_errors, parse_args
+from config import Config, count, describe, one_line_errors, parse_args, stop_after_step
 from dp_sgd import (
     PrivacyPlan,
     Tensors,
@@ -102,6 +100,8 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
 
 def run_public(config: Config, target: Path) -> None:
     """The public stage: autoencoder, latent scale, diffusion model; writes `target` and a grid of samples."""
+    if config.codebook:
+        raise ValueError("a VQ autoencoder is not trained here: give --codebook 0")
     dataset = config.load_data(config.public_data)
     device = config.torch_device
     torch.manual_seed(config.seed)
@@ -199,23 +199,6 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
                 some = functional_call(model, parameters, tuple(x[:config.chunk].flatten(0, 1) for x in batch))
                 progress.set_postfix(not_private_loss=f"{some.mean().item():.3f}")
     model.load_state_dict(ema.shadow, strict=False)
-
-
-@contextmanager
-def stop_after_step() -> Iterator[list]:
-    """Ctrl-C inside fills the list that is yielded, for the loop to end between two steps; twice stops at once."""
-    stop = []
-
-    def ask(number, frame):
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
-        stop.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def anywhere(asked: bool) -> bool:
@@ -329,10 +312,6 @@ def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilo
 
 # ---- command line ----------------------------------------------------------------------------------
 
-def count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
-
-
 def save_samples(model: LatentDiffusion, classes: list[str], config: Config, target: Path, title: str) -> None:
     """Write, beside the checkpoint `target`, a PNG with samples of up to ten classes."""
     model.eval()
@@ -365,6 +344,9 @@ def process_group() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv, __doc__)
+    if config.describe:
+        print(describe(config))
+        return
     with process_group():
         run(config)
 

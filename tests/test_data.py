@@ -146,12 +146,17 @@ def test_damaged_cache_is_refused(small_cache):
 
 
 @pytest.mark.parametrize("source, options, message", [
-    ("letters", dict(channels=3), "channels 1"), ("digits", dict(image_size=27), "at least 28"),
+    ("digits", dict(image_size=27), "at least 28"),
     ("no such data", {}, "unknown data 'no such data'"),
 ])
 def test_impossible_requests_are_refused(small_cache, source, options, message):
     with pytest.raises(ValueError, match=message):
         load(source, "train", **options)
+
+
+def test_grey_images_fill_three_channels(small_cache):
+    grey, colour = (load("digits", "test", channels=channels).images for channels in (1, 3))
+    assert colour.shape == (*grey.shape[:3], 3) and (colour == grey).all() and grey.any()
 
 
 def test_dataset_needs_a_label_per_image():
