@@ -34,6 +34,7 @@ class Config:
     private_data: str = option("digits", "private images, chosen likewise")
     out: str = option("", "folder for checkpoints and pictures (default runs/<preset>)")
     public_checkpoint: str = option("", "public model that the private stage starts from (default OUT/public.pt)")
+    init: str = option("", "official CompVis checkpoint of this architecture, which is the public model then")
     overwrite: bool = option(False, "replace checkpoints of an earlier run")
     resume: bool = option(False, "go on with an interrupted private run, if there is one")
     save_every: int = option(20, "private steps between two checkpoints to resume from")
@@ -47,7 +48,7 @@ class Config:
     vae_res_blocks: int = option(1, "residual blocks per level of the autoencoder")
     vae_attention: tuple[int, ...] = option((), "sizes of the autoencoder's feature maps that have attention")
     latent_channels: int = option(8, "channels of the latents")
-    codebook: int = option(0, "codes of a VQ autoencoder; 0: KL autoencoder")
+    codebook: int = option(0, "codes of a VQ autoencoder, whose weights --init brings; 0: KL autoencoder")
     vae_steps: int = option(6_000, "optimiser steps of the autoencoder")
     vae_batch: int = option(16, "images per autoencoder step")
     vae_lr: float = option(8e-3, "the autoencoder's learning rate")
@@ -147,6 +148,8 @@ class Config:
         if self.context_tokens > 1 and not self.describe:
             raise ValueError("captions (--context-tokens above 1) cannot be trained on yet: give --describe to see "
                              "the model, or --context-tokens 1 for classes")
+        if self.init and self.public_checkpoint:
+            raise ValueError("--init and --public-checkpoint both give a public model: leave one out")
         check_sampling(self.sample_steps, self.eta, self.order)
 
     @property

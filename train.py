@@ -36,6 +36,7 @@ from dp_sgd import (
     sum_over_processes,
 )
 from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint
+from official import load_official
 from unet import private_parameter_names
 from vae import AutoencoderKL
 
@@ -100,8 +101,8 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
 
 def run_public(config: Config, target: Path) -> None:
     """The public stage: autoencoder, latent scale, diffusion model; writes `target` and a grid of samples."""
-    if config.codebook:
-        raise ValueError("a VQ autoencoder is not trained here: give --codebook 0")
+    if config.codebook and not config.init:
+        raise ValueError("a VQ autoencoder is not trained here: give --init FILE, official weights, or --codebook 0")
     dataset = config.load_data(config.public_data)
     device = config.torch_device
     torch.manual_seed(config.seed)
@@ -111,7 +112,10 @@ def run_public(config: Config, target: Path) -> None:
     print(f"public stage: {len(dataset.images):,} images of {config.public_data}; autoencoder "
           f"{count(model.vae.parameters()):,} parameters, U-Net {count(model.unet.parameters()):,}")
     saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
-    if saved.exists() and not config.overwrite:
+    if config.init:
+        model = load_official(config.init, model.architecture)[0]
+        model = replace_embedder(model, None, len(dataset.classes)).to(device)
+    elif saved.exists() and not config.overwrite:
         print(f"taking the autoencoder from {saved}")
         earlier, facts = load_checkpoint(saved)
         wanted = model.architecture["vae"], config.public_data
@@ -122,7 +126,8 @@ def run_public(config: Config, target: Path) -> None:
         train_autoencoder(model.vae, dataset.images, config)
         save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config))
     moments = encode_all(model.vae, dataset.images, device)
-    model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
+    if not config.init:
+        model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
     if dist.is_initialized():   # each process drew its own latents for that
         dist.broadcast(model.latent_scale, 0)
     train_diffusion(model, moments, torch.from_numpy(dataset.labels).to(device), config)
@@ -229,14 +234,18 @@ def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
 
 
 def new_run(config: Config, public: Path, num_examples: int, classes: list[str]) -> Start:
-    """A run from the checkpoint `public`, with embeddings for the private classes; it is trained if it is missing."""
+    """A run from --init or the checkpoint `public`, with embeddings for the private classes; trained if missing."""
     if not public.exists() and config.public_checkpoint:
         raise ValueError(f"--public-checkpoint {public} does not exist")
+    if public.exists() and config.init:
+        raise ValueError(f"there are two public models, {public} and --init: leave out --init or give another --out")
     model, facts = load_checkpoint(public) if public.exists() else (None, {})
     earlier = facts.get("ledger", [])
     plan = make_plan(num_examples, config.expected_batch, config.epochs, config.max_grad_norm, config.eps,
                      config.delta, config.accountant, earlier)   # a budget that cannot be met is refused by now
-    if model is None:
+    if config.init:
+        model, facts = load_official(config.init, config.architecture(len(classes)))
+    elif model is None:
         print(f"there is no public model at {public} yet: running the public stage first")
         run_public(config, public)
         model, facts = load_checkpoint(public)

@@ -219,7 +219,7 @@ def test_a_preset_s_missing_images_are_named(tmp_path, capsys, monkeypatch):
 
 def test_a_codebook_is_not_trained(tmp_path, capsys):
     message = refuse(capsys, train, ["--stage", "public", "--codebook", "16", "--out", tmp_path / "out", *TINY])
-    assert "codebook" in message and not (tmp_path / "out").exists()
+    assert "--init" in message and not (tmp_path / "out").exists()
 
 
 def test_flags_that_are_off_leave_no_trace_in_the_architecture():
