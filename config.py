@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ import torch
 
 import data
 from accountant import ACCOUNTANTS
-from ldm import check_sampling
-from unet import PRIVATE_PARTS
+from ldm import LatentDiffusion, check_sampling
+from unet import PRIVATE_PARTS, private_parameter_names
 
 
 def option(default, text: str):
@@ -26,12 +27,14 @@ def option(default, text: str):
 class Config:
     """Everything that a run depends on. Each field is a flag of the same name; presets set some of them."""
     stage: str = option("private", "public or private")
-    preset: str = option("glyphs", "the pair of public and private data: glyphs or mnist")
+    preset: str = option("glyphs", "data and sizes: glyphs, mnist, or one of the paper's models (see PRESETS)")
+    describe: bool = option(False, "print the model's parameters and the memory of a private step, and stop")
     data_dir: str = option("data", "folder of the named data sets' folders, or of MNIST's files")
     public_data: str = option("letters", "public images: letters, digits, a data set's name, or a path (see data.py)")
     private_data: str = option("digits", "private images, chosen likewise")
     out: str = option("", "folder for checkpoints and pictures (default runs/<preset>)")
     public_checkpoint: str = option("", "public model that the private stage starts from (default OUT/public.pt)")
+    init: str = option("", "official CompVis checkpoint of this architecture, which is the public model then")
     overwrite: bool = option(False, "replace checkpoints of an earlier run")
     resume: bool = option(False, "go on with an interrupted private run, if there is one")
     save_every: int = option(20, "private steps between two checkpoints to resume from")
@@ -44,7 +47,10 @@ class Config:
     channels: int = option(1, "1 for grey, 3 for colour")
     vae_channels: int = option(8, "width of the autoencoder's first level")
     vae_mult: tuple[int, ...] = option((1, 1, 3, 6), "width multiplier of each level; all but the first halve the size")
+    vae_res_blocks: int = option(1, "residual blocks per level of the autoencoder")
+    vae_attention: tuple[int, ...] = option((), "sizes of the autoencoder's feature maps that have attention")
     latent_channels: int = option(8, "channels of the latents")
+    codebook: int = option(0, "codes of a VQ autoencoder, whose weights --init brings; 0: KL autoencoder")
     vae_steps: int = option(6_000, "optimiser steps of the autoencoder")
     vae_batch: int = option(16, "images per autoencoder step")
     vae_lr: float = option(8e-3, "the autoencoder's learning rate")
@@ -55,7 +61,12 @@ class Config:
     res_blocks: int = option(1, "residual blocks per level")
     attention_resolutions: tuple[int, ...] = option((1,), "downsampling factors with attention")
     num_heads: int = option(4, "attention heads")
-    context_dim: int = option(64, "width of the class embedding")
+    num_head_channels: int = option(0, "width of each head, instead of their number; 0: as many as --num-heads")
+    use_scale_shift_norm: bool = option(False, "the time embedding scales and shifts, instead of being added")
+    resblock_updown: bool = option(False, "the U-Net changes size in residual blocks, instead of convolutions")
+    context_dim: int = option(64, "width of the class embedding; 0: unconditional, without classes")
+    context_tokens: int = option(1, "1: a class; more: a caption, which --describe knows, but not yet training")
+    num_classes: int = option(10, "private classes that --describe counts with; training takes them from the data")
     linear_start: float = option(0.0015, "first beta of the noise schedule")
     linear_end: float = option(0.0195, "last beta of the noise schedule")
     label_dropout: float = option(0.1, "share of examples trained with the null class, for guidance")
@@ -89,18 +100,24 @@ class Config:
 
     def architecture(self, num_classes: int) -> dict:
         """The arguments of LatentDiffusion (see there)."""
-        vae = dict(ch=self.vae_channels, ch_mult=list(self.vae_mult), num_res_blocks=1, attn_resolutions=[],
-                   in_channels=self.channels, resolution=self.image_size, z_channels=self.latent_channels,
-                   embed_dim=self.latent_channels)
+        vae = dict(ch=self.vae_channels, ch_mult=list(self.vae_mult), num_res_blocks=self.vae_res_blocks,
+                   attn_resolutions=list(self.vae_attention), in_channels=self.channels, resolution=self.image_size,
+                   z_channels=self.latent_channels, embed_dim=self.latent_channels)
         unet = dict(in_channels=self.latent_channels, out_channels=self.latent_channels,
                     model_channels=self.unet_channels, num_res_blocks=self.res_blocks,
                     attention_resolutions=list(self.attention_resolutions), channel_mult=list(self.unet_mult),
-                    num_heads=self.num_heads, context_dim=self.context_dim)
+                    num_heads=self.num_heads, context_dim=self.context_dim or None)
+        # What is off is left out, as it was when there were no such flags: old checkpoints stay comparable.
+        vae |= {"n_embed": self.codebook} if self.codebook else {}
+        unet |= {name: getattr(self, name) for name in ("num_head_channels", "use_scale_shift_norm", "resblock_updown")
+                 if getattr(self, name)}
         return dict(vae=vae, unet=unet, num_classes=num_classes,
                     linear_start=self.linear_start, linear_end=self.linear_end)
 
     def load_data(self, source: str) -> data.Dataset:
-        return data.load(source, "train", self.data_dir, self.image_size, self.channels)
+        """The training images; an unconditional model takes them for one class."""
+        dataset = data.load(source, "train", self.data_dir, self.image_size, self.channels)
+        return dataset if self.context_dim else data.Dataset(dataset.images, 0 * dataset.labels, ["all"])
 
     def check(self) -> None:
         """ValueError naming the first flag whose value cannot work."""
@@ -109,7 +126,8 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
-                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta")
+                may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta", "codebook", "num_head_channels",
+                                         "context_dim")
                 if f.type not in (bool, str) and f.name != "insecure_noise_seed" and not (
                         number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
@@ -134,8 +152,15 @@ class Config:
         smallest = 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)
         if self.image_size % smallest:
             raise ValueError(f"--image-size must be a multiple of {smallest}: autoencoder and U-Net halve it that far")
-        if self.unet_channels % 2 or any(self.unet_channels * mult % self.num_heads for mult in self.unet_mult):
-            raise ValueError("--unet-channels must be even, and times each of --unet-mult a multiple of --num-heads")
+        heads = self.num_head_channels or self.num_heads
+        if self.unet_channels % 2 or any(self.unet_channels * mult % heads for mult in self.unet_mult):
+            raise ValueError("--unet-channels must be even, and times each of --unet-mult a multiple of --num-heads "
+                             "(or --num-head-channels)")
+        if self.context_tokens > 1 and not self.describe:
+            raise ValueError("captions (--context-tokens above 1) cannot be trained on yet: give --describe to see "
+                             "the model, or --context-tokens 1 for classes")
+        if self.init and self.public_checkpoint:
+            raise ValueError("--init and --public-checkpoint both give a public model: leave one out")
         check_sampling(self.sample_steps, self.eta, self.order)
 
     @property
@@ -147,12 +172,115 @@ class Config:
         return find_device(self.device)
 
 
+# The paper's models (DP-LDM's configs/finetuning): architecture, noise schedule, epsilon, delta, C, expected batch,
+# trained blocks, and as --chunk their physical batch. Not theirs: learning rates (here independent of C) and the
+# number of epochs, which are not tuned at these sizes, and a null class for guidance. Data sets are
+# data.py's; data/imagenet, data/laion and data/celebahq are folders of your own.
+PAPER = dict(channels=3, vae_channels=128, vae_mult=(1, 2), vae_res_blocks=2, vae_attention=(16, 8), vae_lr=1e-4,
+             latent_channels=3, res_blocks=2, num_heads=8, context_dim=512, public_lr=1e-4)
+SCALE_SHIFT = dict(use_scale_shift_norm=True, resblock_updown=True)
+CELEBA = dict(PAPER, **SCALE_SHIFT, public_data="imagenet32", private_data="celeba", context_dim=0,
+              unet_mult=(1, 2, 4), attention_resolutions=(4, 2, 1), eps=1.0, delta=1e-6, max_grad_norm=5e-4)
+
 PRESETS = {
     # Six latent channels, where the default has eight: fewer are learnt sooner, and a demo has minutes only.
     "glyphs": dict(vae_steps=3_000, latent_channels=6, unet_channels=48, public_steps=1_400, public_lr=4e-3,
                    expected_batch=256, epochs=6.0, private_lr=4e-3),
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=12.0),
+    "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),
+                        vae_attention=(32, 16, 8), unet_channels=64, unet_mult=(1, 2), res_blocks=1,
+                        attention_resolutions=(1, 2), num_heads=4, context_dim=5, linear_end=0.0155,
+                        eps=10.0, max_grad_norm=1e-3, expected_batch=2_000, chunk="256"),
+    "cifar10": dict(PAPER, public_data="imagenet32", private_data="cifar10", unet_channels=128,
+                    unet_mult=(1, 2, 2, 4), attention_resolutions=(1, 2, 4), linear_end=0.0155,
+                    eps=10.0, max_grad_norm=1e-6, expected_batch=2_000, attention_blocks="from:8", chunk="40"),
+    "celeba32": dict(CELEBA, unet_channels=192, num_head_channels=32, expected_batch=2_048, chunk="100"),
+    "celeba64": dict(CELEBA, public_data="imagenet64",
+                     image_size=64, vae_channels=192, unet_channels=128, expected_batch=8_192, chunk="50"),
+    "celebahq256": dict(PAPER, public_data="data/imagenet", private_data="data/celebahq", num_classes=2,
+                        image_size=256, vae_mult=(1, 2, 4), vae_attention=(), codebook=8_192, unet_channels=192,
+                        unet_mult=(1, 2, 3, 5), attention_resolutions=(8, 4, 2), num_heads=1,
+                        eps=1.0, max_grad_norm=5e-4, expected_batch=2_048, chunk="15"),
+    "text256": dict(PAPER, public_data="data/laion", private_data="celebahq", image_size=256,
+                    vae_mult=(1, 2, 4, 4), vae_attention=(), latent_channels=4, unet_channels=320,
+                    unet_mult=(1, 2, 4, 4), attention_resolutions=(4, 2, 1), context_dim=1_280, context_tokens=77,
+                    linear_start=0.00085, linear_end=0.012,
+                    eps=10.0, max_grad_norm=1e-3, expected_batch=256, chunk="3"),
 }
+
+
+# ---- what a configuration amounts to ---------------------------------------------------------------
+
+# LDM's BERTEmbedder of txt2img-1p4B (32 layers, width 1280; CompVis/latent-diffusion a506df5), which is trained whole.
+TEXT_ENCODER_PARAMETERS = 581_994_042
+
+
+def count(parameters) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def describe(config: Config) -> str:
+    """Parameters of each part, trained ones, and memory of a private step, as text. Nothing is allocated."""
+    architecture = config.architecture(config.num_classes)
+    if config.train == "lora":
+        architecture["unet"]["lora_rank"] = config.lora_rank
+    with torch.device("meta"):
+        model = LatentDiffusion(architecture).to("meta").requires_grad_(False)
+    tokens, captions = config.context_tokens, config.context_tokens > 1
+    names, more = ([name.removeprefix("unet.") for name in private_parameter_names(
+        model, config.attention_blocks, t, config.train) if name.startswith("unet.")] for t in (tokens, 2))
+    trained = count(map(model.unet.get_parameter, names))
+    idle = count(map(model.unet.get_parameter, more)) - trained
+    chunk = 1 if config.chunk == "auto" else int(config.chunk)
+    embedder = TEXT_ENCODER_PARAMETERS if captions else count(model.embedder.parameters())
+    kind = ("text encoder of txt2img-1p4B" if captions else "no embedder" if not embedder else
+            f"class embedder, {config.num_classes} + 1 rows")
+    unet, vae = count(model.unet.parameters()), count(model.vae.parameters())
+    channels, side = config.latent_channels, config.image_size // 2 ** (len(config.vae_mult) - 1)
+    lines = [f"preset {config.preset}: images {config.image_size}x{config.image_size}x{config.channels}, latents "
+             f"{side}x{side}x{channels}", f"{'':34}{'parameters':>15}{'trained':>15}{'share':>9}"]
+    parts = [(f"autoencoder ({'VQ' if config.codebook else 'KL'})", vae, 0), ("U-Net", unet, trained),
+             (kind, embedder, embedder), ("U-Net and embedder", unet + embedder, trained + embedder)]
+    for part, total, learns in parts:
+        lines.append(f"{part:34}{total:>15,}{learns:>15,}{learns / max(1, total):>9.2%}")
+    if idle:
+        lines.append(f"{idle:,} more in the trained modules have no effect with one context token: they stay frozen")
+    example = config.noise_draws * kept_bytes(model.unet, names, (1, channels, side, side), tokens, config.context_dim)
+    gradients = 4 * (trained + embedder) if config.engine == "func" else 0
+    memory = [
+        (4 * (vae + unet + embedder), "all weights, float32"),
+        (24 * (trained + embedder), "six more per trained one: copy, average, Adam's moments (2), clipped sum, noisy "
+                                    "gradient"),
+        (chunk * (example + gradients),
+         f"{chunk} examples at a time (--chunk), {example / 2**20:,.1f} MiB each: what autograd keeps of the "
+         f"U-Net's forward pass{' (not the text encoder)' * captions}"
+         + f", and {gradients / 2**20:,.1f} MiB: their gradients" * bool(gradients))]
+    lines.append(f"a private step needs about {sum(size for size, _ in memory) / 2**30:.2f} GiB, an estimate:")
+    lines += [f"{size / 2**30:9.2f} GiB  {what}" for size, what in memory]
+    return "\n".join(lines)
+
+
+def kept_bytes(unet: torch.nn.Module, names: list[str], shape: tuple[int, ...], tokens: int, context_dim: int) -> int:
+    """Bytes that autograd keeps of the U-Net's forward pass until the backward pass to its parameters `names`.
+
+    The U-Net lies on the meta device, `shape` is that of z_t. Weights do not count. The backward pass frees this bit
+    by bit; what it needs beside (gradients of activations) is not counted, nor is what a library takes for itself.
+    """
+    context = torch.zeros(shape[0], tokens, context_dim, device="meta") if context_dim else None
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()   # views of one tensor share it
+        storages[id(storage)] = storage
+        return tensor
+
+    for name in names:
+        unet.get_parameter(name).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        eps_hat = unet(torch.zeros(shape, device="meta"), torch.zeros(shape[0], device="meta"), context)
+        eps_hat.square().mean()
+    weights = {id(p.untyped_storage()) for p in unet.parameters()}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
 
 
 # ---- command lines ---------------------------------------------------------------------------------
@@ -187,6 +315,23 @@ def one_line_errors() -> Iterator[None]:
     except torch.OutOfMemoryError:
         print("error: out of device memory: lower --chunk (train.py), --public-batch or --columns", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def stop_after_step() -> Iterator[list]:
+    """Ctrl-C inside fills the list that is yielded, for the loop to end between two steps; twice stops at once."""
+    stop = []
+
+    def ask(number, frame):
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+        stop.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def find_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from torch import nn
 
 from data import atomic_write
 from unet import UNet
-from vae import AutoencoderKL, DiagonalGaussian
+from vae import AutoencoderKL, AutoencoderVQ, DiagonalGaussian
 
 
 def make_alphas_cumprod(linear_start: float, linear_end: float, timesteps: int = 1000) -> torch.Tensor:
@@ -54,11 +54,22 @@ class ClassEmbedder(nn.Module):
         self.scale.fill_(scale)
 
 
+class NoEmbedder(nn.Module):
+    """In the embedder's place where the U-Net is unconditional: labels make no difference, there is no context."""
+    null_class = 0
+
+    def forward(self, labels: torch.Tensor) -> None:
+        return None
+
+    def rescale(self, scale: float) -> None:
+        """Nothing to rescale."""
+
+
 class LatentDiffusion(nn.Module):
     """The whole model: `vae`, `unet`, `embedder`, the noise schedule and the latent scale.
 
     `architecture` (plain numbers, stored in checkpoints) has the keys vae and unet (the arguments of
-    AutoencoderKL and UNet), num_classes, linear_start and linear_end.
+    AutoencoderKL, or with n_embed AutoencoderVQ, and UNet), num_classes, linear_start and linear_end.
     """
 
     bf16 = False   # compute the U-Net in bfloat16 (weights and gradients stay float32)
@@ -66,9 +77,10 @@ class LatentDiffusion(nn.Module):
     def __init__(self, architecture: dict):
         super().__init__()
         self.architecture = architecture
-        self.vae = AutoencoderKL(**architecture["vae"])
+        self.vae = (AutoencoderVQ if "n_embed" in architecture["vae"] else AutoencoderKL)(**architecture["vae"])
         self.unet = UNet(**architecture["unet"])
-        self.embedder = ClassEmbedder(architecture["num_classes"], architecture["unet"]["context_dim"])
+        context_dim = architecture["unet"]["context_dim"]
+        self.embedder = NoEmbedder() if context_dim is None else ClassEmbedder(architecture["num_classes"], context_dim)
         alphas_cumprod = make_alphas_cumprod(architecture["linear_start"], architecture["linear_end"])
         self.register_buffer("alphas_cumprod", alphas_cumprod.float())
         self.register_buffer("latent_scale", torch.tensor(1.0))
@@ -99,7 +111,8 @@ class LatentDiffusion(nn.Module):
         """Images uint8 [B, H, W, channels] of the classes `labels` int [B], by `ddim_sample`.
 
         guidance w moves the prediction from the null class towards the class (Ho and Salimans 2022):
-        eps_null + w (eps_class - eps_null); 1 is none and costs one network evaluation a step, not two.
+        eps_null + w (eps_class - eps_null); 1 is none and costs one network evaluation a step, not two. An
+        unconditional model has nothing to move away from: guidance is 1.
         """
         size = self.architecture["vae"]["resolution"] // 2 ** (len(self.architecture["vae"]["ch_mult"]) - 1)
         shape = (len(labels), self.architecture["unet"]["in_channels"], size, size)
@@ -111,7 +124,7 @@ class LatentDiffusion(nn.Module):
 
         def guided_eps(z_t, t):
             eps_hat = self.predict_eps(z_t, t, context)
-            if guidance == 1.0:
+            if guidance == 1.0 or context is None:
                 return eps_hat
             eps_null = self.predict_eps(z_t, t, null_context)
             return eps_null + guidance * (eps_hat - eps_null)
@@ -219,6 +232,8 @@ def replace_embedder(model: LatentDiffusion, init_from: list[int] | None, num_cl
     """
     new = copy.deepcopy(model)
     new.architecture = {**model.architecture, "num_classes": num_classes}
+    if isinstance(model.embedder, NoEmbedder):
+        return new
     old = model.embedder.scale * model.embedder.embedding.weight.detach()
     rows = old[init_from] if init_from is not None else old[:-1].mean(0).expand(num_classes, -1)
     new.embedder = ClassEmbedder(num_classes, old.shape[1]).to(old.device)

@@ -12,8 +12,6 @@ ledger beside them, and can be stopped (Ctrl-C) and taken up again (--resume).
 import dataclasses
 import math
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,7 +24,7 @@ from tqdm import trange
 
 import data
 import dp_sgd
-from config import Config, one_line_errors, parse_args
+from config import Config, count, describe, one_line_errors, parse_args, stop_after_step
 from dp_sgd import (
     PrivacyPlan,
     Tensors,
@@ -38,6 +36,7 @@ from dp_sgd import (
     sum_over_processes,
 )
 from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint, with_lora
+from official import load_official
 from unet import private_parameter_names
 from vae import AutoencoderKL
 
@@ -103,6 +102,8 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
 
 def run_public(config: Config, target: Path) -> None:
     """The public stage: autoencoder, latent scale, diffusion model; writes `target` and a grid of samples."""
+    if config.codebook and not config.init:
+        raise ValueError("a VQ autoencoder is not trained here: give --init FILE, official weights, or --codebook 0")
     dataset = config.load_data(config.public_data)
     device = config.torch_device
     torch.manual_seed(config.seed)
@@ -112,7 +113,10 @@ def run_public(config: Config, target: Path) -> None:
     print(f"public stage: {len(dataset.images):,} images of {config.public_data}; autoencoder "
           f"{count(model.vae.parameters()):,} parameters, U-Net {count(model.unet.parameters()):,}")
     saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
-    if saved.exists() and not config.overwrite:
+    if config.init:
+        model = load_official(config.init, model.architecture)[0]
+        model = replace_embedder(model, None, len(dataset.classes)).to(device)
+    elif saved.exists() and not config.overwrite:
         print(f"taking the autoencoder from {saved}")
         earlier, facts = load_checkpoint(saved)
         wanted = model.architecture["vae"], config.public_data
@@ -123,7 +127,8 @@ def run_public(config: Config, target: Path) -> None:
         train_autoencoder(model.vae, dataset.images, config)
         save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config))
     moments = encode_all(model.vae, dataset.images, device)
-    model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
+    if not config.init:
+        model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
     if dist.is_initialized():   # each process drew its own latents for that
         dist.broadcast(model.latent_scale, 0)
     train_diffusion(model, moments, torch.from_numpy(dataset.labels).to(device), config)
@@ -211,23 +216,6 @@ def made_up_example(model: LatentDiffusion, moments: torch.Tensor, K: int) -> tu
     return noise_draws(model, torch.zeros_like(moments[:1]), no_label, K, 0.0, np.random.default_rng())
 
 
-@contextmanager
-def stop_after_step() -> Iterator[list]:
-    """Ctrl-C inside fills the list that is yielded, for the loop to end between two steps; twice stops at once."""
-    stop = []
-
-    def ask(number, frame):
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
-        stop.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def anywhere(asked: bool) -> bool:
     """Whether any process was asked to stop: they have to do it after the same step."""
     flag = torch.tensor([float(asked)])
@@ -256,14 +244,18 @@ def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
 
 
 def new_run(config: Config, public: Path, num_examples: int, classes: list[str]) -> Start:
-    """A run from the checkpoint `public`, with embeddings for the private classes; it is trained if it is missing."""
+    """A run from --init or the checkpoint `public`, with embeddings for the private classes; trained if missing."""
     if not public.exists() and config.public_checkpoint:
         raise ValueError(f"--public-checkpoint {public} does not exist")
+    if public.exists() and config.init:
+        raise ValueError(f"there are two public models, {public} and --init: leave out --init or give another --out")
     model, facts = load_checkpoint(public) if public.exists() else (None, {})
     earlier = facts.get("ledger", [])
     plan = make_plan(num_examples, config.expected_batch, config.epochs, config.max_grad_norm, config.eps,
                      config.delta, config.accountant, earlier)   # a budget that cannot be met is refused by now
-    if model is None:
+    if config.init:
+        model, facts = load_official(config.init, config.architecture(len(classes)))
+    elif model is None:
         print(f"there is no public model at {public} yet: running the public stage first")
         run_public(config, public)
         model, facts = load_checkpoint(public)
@@ -344,10 +336,6 @@ def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilo
 
 # ---- command line ----------------------------------------------------------------------------------
 
-def count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
-
-
 def save_samples(model: LatentDiffusion, classes: list[str], config: Config, target: Path, title: str) -> None:
     """Write, beside the checkpoint `target`, a PNG with samples of up to ten classes."""
     model.eval()
@@ -380,6 +368,9 @@ def process_group() -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv, __doc__)
+    if config.describe:
+        print(describe(config))
+        return
     with process_group():
         run(config)
 

@@ -1,4 +1,4 @@
-"""The KL autoencoder of Latent Diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
+"""The autoencoders of Latent Diffusion, KL and VQ (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
 
 Images x [B, C, H, W] in [-1, 1]  --Encoder-->  moments [B, 2*embed_dim, h, w]  (mean, log variance)
 latents z [B, embed_dim, h, w]    --Decoder-->  images, with H/h = W/w = 2 ** (len(ch_mult) - 1).
@@ -95,9 +95,10 @@ def run_level(level: nn.Module, h: torch.Tensor) -> torch.Tensor:
 
 
 class Encoder(nn.Module):
-    """x [B, in_channels, H, W] -> [B, 2 * z_channels, h, w]."""
+    """x [B, in_channels, H, W] -> [B, 2 * z_channels, h, w], or z_channels only without double_z."""
 
-    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, resolution, z_channels):
+    def __init__(self, ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, resolution, z_channels,
+                 double_z=True):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -116,7 +117,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = middle(width)
         self.norm_out = group_norm(width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
@@ -214,3 +215,53 @@ class AutoencoderKL(nn.Module):
         error = self.decode(posterior.sample()) - x
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return error.abs().mean() + error.square().mean() + kl_weight * kl
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of n_embed vectors (van den Oord et al. 2017): z [B, C, h, w] -> the nearest code at every pixel."""
+
+    def __init__(self, n_embed: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, dim)
+
+    def nearest(self, z: torch.Tensor) -> torch.Tensor:
+        """Indices int [B, h, w] of the codes at the smallest Euclidean distance."""
+        codes = self.embedding.weight
+        # One image at a time: h * w * n_embed distances are 128 MiB for one of VQ-f4's. And without matrix products,
+        # whose rounding exceeds the distance between close codes.
+        return torch.stack([torch.cdist(pixels.flatten(1).T, codes, compute_mode="donot_use_mm_for_euclid_dist")
+                            .argmin(1).unflatten(0, pixels.shape[1:]) for pixels in z])
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.embedding(self.nearest(z)).movedim(-1, 1)
+
+
+class AutoencoderVQ(nn.Module):
+    """The autoencoder with a codebook of n_embed vectors, for official weights: it is not trained here.
+
+    The other arguments are AutoencoderKL's. Latent diffusion works on latents that are not quantised yet; decoding
+    begins with the quantisation, so that small errors of the sampler vanish. There is no posterior: `encode`
+    returns the latents as a distribution without spread, so that what takes an AutoencoderKL takes this one too.
+    """
+
+    def __init__(self, ch: int, ch_mult: list[int], num_res_blocks: int, attn_resolutions: list[int],
+                 in_channels: int, resolution: int, z_channels: int, embed_dim: int, n_embed: int):
+        super().__init__()
+        shared = (ch, ch_mult, num_res_blocks, attn_resolutions, in_channels, resolution, z_channels)
+        self.encoder = Encoder(*shared, double_z=False)
+        self.decoder = Decoder(*shared)
+        self.quantize = VectorQuantizer(n_embed, embed_dim)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> moments [B, 2*embed_dim, h, w]: the latents, and log variance -30.
+
+        That is DiagonalGaussian's least: its noise, 3e-7, is about what float32 rounds a latent by.
+        """
+        z = self.quant_conv(self.encoder(x))
+        return torch.cat([z, torch.full_like(z, -30.0)], dim=1)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents [B, embed_dim, h, w] -> their nearest codes -> images [B, C, H, W], about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(self.quantize(z)))

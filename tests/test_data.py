@@ -156,6 +156,11 @@ def test_impossible_requests_are_refused(small_cache, source, options, message):
         load(source, "train", **options)
 
 
+def test_grey_images_fill_three_channels(small_cache):
+    grey, colour = (load("digits", "test", channels=channels).images for channels in (1, 3))
+    assert colour.shape == (*grey.shape[:3], 3) and (colour == grey).all() and grey.any()
+
+
 def test_dataset_needs_a_label_per_image():
     with pytest.raises(ValueError, match="3 images but 2 labels"):
         Dataset(np.zeros((3, 4, 4, 1), np.uint8), np.zeros(2, np.int64), ["a"])
