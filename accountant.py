@@ -23,6 +23,7 @@ All logarithms are natural, so RDP and epsilon are in nats. Sources:
 """
 
 import argparse
+import functools
 import math
 import numbers
 
@@ -199,11 +200,11 @@ def epsilon_and_order(segments, delta) -> tuple[float, float]:
     return max(0.0, float(value)), 1 + math.exp(center)
 
 
-def _pld_bounds(segments, delta, need_lower=True):
+def _pld_bounds(segments, delta):
     """See epsilon_bounds."""
     segments = [(float(q), float(sigma), int(steps)) for q, sigma, steps in _checked(segments) if q > 0 and steps > 0]
     rdp, order = epsilon_and_order(segments, delta)
-    return (0.0, 0.0) if rdp == 0 else pld.bounds(segments, float(delta), rdp, order, need_lower)
+    return (0.0, 0.0) if rdp == 0 else pld.bounds(segments, float(delta), rdp, order)
 
 
 def epsilon_bounds(segments, delta) -> tuple[float, float]:
@@ -225,7 +226,7 @@ def total_epsilon(segments, delta, accountant="rdp") -> float:
     Raises ValueError as these do, and for an accountant not in ACCOUNTANTS.
     """
     _check(accountant=accountant)
-    return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta, False)[1]
+    return epsilon_and_order(segments, delta)[0] if accountant == "rdp" else _pld_bounds(segments, delta)[1]
 
 
 def epsilon(sample_rate, noise_multiplier, steps, delta, accountant="rdp") -> float:
@@ -257,6 +258,7 @@ def calibrate_noise(target_epsilon, delta, sample_rate, steps, accountant="rdp",
         high = math.log(min(max(enough, least), most))
         low = max(high - 0.1, math.log(least))
 
+    @functools.cache  # the search asks for its ends several times
     def total(log_sigma):
         return total_epsilon([*spent, (sample_rate, math.exp(log_sigma), steps)], delta, accountant)
 

@@ -3,10 +3,10 @@
 The privacy loss of a step is log P/Q at an output drawn from P, where P and Q are the output's densities with
 and without the example (removed), or without and with it (added): both directions count. The loss of many steps
 is a sum of independent losses, so its distribution is a convolution: a power in the Fourier domain. Then
-    delta(epsilon) = E[(1 - exp(epsilon - loss))+]
-(Koskela et al. 2020). Each step's loss is put on a grid twice: into more loss than there is, for an
-upper bound, and into less, for a lower one. What the computer leaves out or rounds is added to delta (upper) or
-taken from it (lower): tails, sums that wrap around in the circular FFT, and floating-point errors.
+    delta(epsilon) = E_P[(1 - exp(epsilon - loss))+] = E_Q[(exp(loss) - exp(epsilon))+]
+(Koskela et al. 2020). Each step's loss is rounded to a grid, which can only raise delta: an upper bound. How much
+it raises delta has a bound too (see lower_index), which gives a lower one. What the computer leaves out or rounds is
+added to delta (upper) or taken from it (lower): tails, sums that wrap around in the FFT, floating-point errors.
 
 Sources: Koskela, Jalko, Honkela 2020, arXiv 1906.03049, and Gopi, Lee, Wutschitz 2021, arXiv 2106.02848: PLD by FFT.
   Doroshenko et al. 2022, arXiv 2207.04380: connecting the dots.
@@ -20,17 +20,14 @@ from collections import namedtuple
 
 import numpy as np
 from scipy.fft import irfft, rfft
-from scipy.optimize import minimize_scalar
-from scipy.special import ndtr, ndtri, xlogy
+from scipy.special import gammaln, logsumexp, ndtr, ndtri
 
 # What floats and grids are good for; beyond it we refuse. Within it bounds hold, if not always 1% apart.
 LIMITS = {"sample_rate": (1e-8, 1.0), "noise_multiplier": (0.1, 1e4), "steps": (1, 10**7), "delta": (1e-15, 0.5)}
 ROUND_OFF = 1e-13  # a generous relative error of any one number that is computed below
 FFT_ROUND_OFF = 2e-14  # of a Fourier coefficient, whose sizes are 1 at most: 4 log2(points) times 1.1e-16, and more
-CELL = 4  # bins that the lower bound merges; with fewer, there is too little to pay with (see round_down)
-MIN_POINTS, MAX_POINTS = 2**14, 2**18
 
-Grid = namedtuple("Grid", "step points low tilt beyond tail")  # see choose_grid
+Grid = namedtuple("Grid", "step first points tilt tail")  # see choose_grid
 
 
 @np.errstate(divide="ignore", over="ignore")  # the branch not taken may do anything
@@ -58,171 +55,131 @@ def loss_range(q, sigma, removed, tail):
     return (low, high) if removed else (-high, -low)
 
 
-def round_down(losses, above_p, above_q):
-    """A law on the grid `losses` [n cells of CELL bins, and 1] with less loss than there is: its masses.
-
-    Merging outputs is post-processing, after which their loss is log P/Q of the merged set; and counting less
-    loss than there is lowers delta. A cell's mass is merged into the two grid points g, g + 1 around the
-    cell's own loss, in the proportion that keeps P and Q. Only as much may rise from bin g to g + 1 as the
-    bins above pay for: the part merged in g + 1 must have a loss of g + 1 or more. What cannot rise stays at g.
-    """
-    p, q = -np.diff(above_p).reshape(-1, CELL), -np.diff(above_q).reshape(-1, CELL)
-    rows, doubt, width = np.arange(len(p)), ROUND_OFF * above_p[:-1:CELL], losses[1] - losses[0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        position = (np.log(p.sum(1) / q.sum(1)) - losses[:-1:CELL]) / width
-    g = np.clip(np.nan_to_num(position), 0, CELL - 1).astype(int)
-    at = CELL * rows + g
-    above = np.arange(CELL) > g[:, None]
-    rising = (p.sum(1) - np.exp(losses[at]) * q.sum(1) - doubt) / -math.expm1(-width)
-    paid = np.maximum((p * above).sum(1) - np.exp(losses[at + 1]) * (q * above).sum(1) - doubt, 0)
-    price = np.maximum(np.exp(losses[at + 1]) * q[rows, g] - p[rows, g], 0) + doubt + 1e-300
-    rising = np.clip(rising, 0, np.minimum(p.sum(1), (p * above).sum(1) + paid / price * p[rows, g]))
-    masses = np.zeros(len(losses))
-    masses[at] = p.sum(1) - rising
-    masses[at + 1] += rising
-    masses[-1] += above_p[-1]
-    return masses
-
-
-def align(q, sigma, removed, step):
-    """A grid point for round_down to lose little at: with small q, most mass sits by the loss's limit log(1 - q).
-
-    A cell around the point should have its mean there. We move towards that and keep the point that loses least.
-    """
-    point, best = (0.0 if q == 1 else math.log1p(-q) * (1 if removed else -1)), (math.inf, 0.0)
-    for _ in range(12):
-        losses = point + step * np.arange(-32.5 * CELL, 32.5 * CELL + 1)
-        above = survival(losses, q, sigma, removed)
-        p, q_mass = -np.diff(above)
-        kept = round_down(losses, *above) @ losses - above[0][-1] * losses[-1]
-        best = min(best, (xlogy(p, p / np.maximum(q_mass, 1e-300)).sum() - kept, point))
-        cell = slice(32 * CELL, 33 * CELL)
-        if min(p[cell].sum(), q_mass[cell].sum()) < 1e-9:
-            break
-        point = math.log(p[cell].sum() / q_mass[cell].sum()) - 2 * ROUND_OFF / p[cell].sum()
-    return best[1]
-
-
-def log_sum_exp(exponents, masses):
-    """log of the sum of masses * exp(exponents), without overflow."""
-    peak = exponents.max()
-    return float(peak + math.log(masses @ np.exp(exponents - peak)))
-
-
-def discretise(q, sigma, removed, grid, pessimistic):
-    """(losses, masses, mass of infinite loss): one step's law on a grid, with more or with less loss.
-
-    More: a bin's mass is split between its two ends so that P and Q both stay ("connect the dots", Doroshenko
-    et al. 2022): merging the ends gives the bin back, so nothing is less private. The low tail is
-    rounded up, the high one becomes infinite loss. Less: see round_down; the low tail is dropped. Every
-    decision has the benefit of rounding errors on its safe side.
-    """
-    low, high = loss_range(q, sigma, removed, grid.tail)
-    point = 0.0 if pessimistic else align(q, sigma, removed, grid.step)
-    first, last = (round((end - point) / grid.step / CELL) for end in (low, high))
-    losses = point + grid.step * np.arange(CELL * (first - 0.5), CELL * (last + 0.5) + 1)
-    above_p, above_q = survival(losses, q, sigma, removed)
-    if not pessimistic:
-        return losses, round_down(losses, above_p, above_q), 0.0
-    p = -np.diff(above_p)
-    rising = p + np.exp(losses[:-1]) * np.diff(above_q) + ROUND_OFF * above_p[:-1]
-    at_least = above_p[1:] + np.clip(rising / -math.expm1(-grid.step), 0, p)
-    return losses, -np.diff(np.concatenate([[1.0], at_least, above_p[-1:]])), above_p[-1]
-
-
-def choose_grid(segments, delta, cap, order, most_points):
+def choose_grid(segments, delta, cap, order):
     """The Grid to find an epsilon <= cap on: its choices decide how tight the bounds are, not whether they hold.
 
-    Sums are tilted: weighted by exp(tilt loss), which moves their mean to epsilon, so that errors of the FFT
-    are small beside delta however small that is. A tilt is an RDP order less 1, and the RDP bound is the
-    error that a tilted mass of 1 can make. Loss sums fall in a window of points * step from `low` on; above it
-    is a Chernoff bound (with tilt + beyond) of e^-18 delta. A step's tail is cut off at a mass of `tail`.
+    cap is the RDP bound and order the order it is found at. Sums of losses are counted in a window of `points`
+    multiples of `step`, from `first` on. They are tilted: weighted by exp(tilt loss), which moves their mean towards
+    epsilon, so that errors of the FFT are small beside delta however small that is. With a tilt of order - 1 the
+    Chernoff bound on delta(cap) is about delta. We take half of that; the other half bounds what is above the window.
+    A step's tails are cut off at a mass of `tail`.
     """
-    steps = sum(t for *_, t in segments)
-    tail = 1e-4 * delta / steps
+    steps, tilt = sum(t for *_, t in segments), (order - 1) / 2
+    tail = 1e-5 * delta / steps
     spans = [float(np.ptp(loss_range(q, sigma, True, tail))) for q, sigma, _ in segments]
-    coarse = [(t, *discretise(q, sigma, True, Grid(span / 2000, 0, 0, 0, 0, tail), True))
-              for (q, sigma, t), span in zip(segments, spans)]
-
-    def log_moment(power):  # of the law without its cut tails, which dominate high moments
-        return sum(t * log_sum_exp(power * losses, masses) for t, losses, masses, _ in coarse)
-
-    def log_excess(tilt):  # of the RDP bound on delta at epsilon 0, over delta
-        return log_moment(tilt) - tilt * math.log1p(1 / tilt) - math.log1p(tilt) - math.log(delta)
-
-    start = math.log(order - 1)
-    best = minimize_scalar(lambda s: log_excess(math.exp(s)) / math.exp(s), bounds=(start - 3, start + 3),
-                           method="bounded", options={"xatol": 1e-3})
-    cap = min(cap, max(best.fun, 1e-12))
-    low = max(0.0, cap - 15 / math.exp(best.x))
-
-    def width(tilt):
-        need = 18 + log_excess(tilt) - tilt * cap - log_moment(tilt)
-        high, beyond = min(((log_moment(tilt + u) + need) / u, u) for u in tilt * 2.0 ** np.arange(-4, 4))
-        return max(high - low, (10 - math.log(delta)) / tilt, *spans), tilt, beyond
-
-    window, tilt, beyond = min(width(math.exp(best.x) * part) for part in (1, 0.9, 0.8, 0.7, 0.6))
-    # A step's excess loss is below step^2; so that it moves epsilon by about 1/1000:
-    points = window / math.sqrt(6e-4 * cap / steps / (1 + tilt))
-    points = 2 ** math.ceil(math.log2(min(max(points, MIN_POINTS), most_points)))
-    return Grid(window / (points - 4 * CELL), points, low, tilt, beyond, tail)
+    points = 2**18 if steps <= 10**5 else 2**20  # rounding raises epsilon in proportion to steps * step^2
+    step = max((11 - math.log(delta)) / tilt, *spans) / (points - 2)
+    return Grid(step, math.floor(cap / step) - points // 2, points, tilt, tail)
 
 
-def delta_curve(segments, grid, removed, pessimistic):
-    """A function of epsilon >= grid.low: a bound on delta in one direction, from above or from below."""
-    step, points, low, tilt, beyond, _ = grid
-    spectrum, log_size, log_moment, log_beyond, bottom, infinite, drift = 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+def discretise(q, sigma, removed, step, tail):
+    """(first, masses, doubt): P's masses of one step's rounded loss at first * step, (first + 1) * step, ...
+
+    A loss l between the grid points a and b becomes b with probability (e^l - e^a) / (e^b - e^a), or else a. This
+    keeps P and Q of every bin ("connecting the dots"). The tails are left out. Floating-point errors change the
+    step's delta by at most doubt times (the law's mass above epsilon, and tail). As delta is convex in exp(epsilon)
+    with this mass under Q as its slope, a factor 1 + doubt and a shift of epsilon by 2 doubt outweigh this.
+    """
+    low, high = loss_range(q, sigma, removed, tail)
+    first = math.floor(low / step)
+    losses = step * np.arange(first, math.ceil(high / step) + 1)
+    above_p, above_q = survival(losses, q, sigma, removed)
+    p = -np.diff(above_p)
+    wanted = (p + np.exp(losses[:-1]) * np.diff(above_q)) / -math.expm1(-step)
+    rising = np.clip(wanted, 0, p)  # a bin's mass at its upper end; rounding may not make the rest negative
+    moved = np.cumsum(np.abs(wanted - rising)[::-1])[::-1] * -math.expm1(-step)
+    doubt = ((6 * ROUND_OFF * above_p[:-1] + moved) / (above_p[1:] + rising)).max()
+    return first, np.append(p - rising, 0) + np.append(0, rising), float(doubt)
+
+
+def delta_curve(segments, grid, removed):
+    """(below, above, drift): the rounded losses' delta in one direction, at epsilon = all points of the grid.
+
+    Bounds from both sides: D(epsilon - drift) >= below and D(epsilon + drift) <= above. The cut tails count in full
+    for above, and not at all for below.
+    """
+    step, first, points, tilt, tail = grid
+    steps = sum(t for *_, t in segments)
+    spectrum, log_size, log_moment, log_beyond, bottom, doubt = 1.0, 0.0, 0.0, 0.0, 0, 0.0
     for q, sigma, t in segments:
-        losses, masses, infinite_mass = discretise(q, sigma, removed, grid, pessimistic)
-        if len(losses) > points:
-            raise ValueError(f"one step's losses take {len(losses)} points, the grid has {points}")
-        log_m = log_sum_exp(tilt * losses, masses)
+        lowest, masses, doubt_one = discretise(q, sigma, removed, step, tail)
+        if len(masses) > points:
+            raise ValueError(f"one step's losses take {len(masses)} points, the grid has {points}")
+        losses = step * (lowest + np.arange(len(masses)))
+        log_m = float(logsumexp(tilt * losses, b=masses))
         tilted = masses * np.exp(tilt * losses - log_m)
         transform = rfft(tilted, points)
-        spectrum = spectrum * transform**t
-        log_size = log_size + (t - 1) * np.log(np.abs(transform) + FFT_ROUND_OFF)
+        log_abs = np.log(np.abs(transform) + FFT_ROUND_OFF)
+        large = t * log_abs > -80  # powers are slow; what is smaller is nothing beside FFT_ROUND_OFF
+        spectrum = spectrum * np.power(transform, t, out=np.zeros_like(transform), where=large)
+        log_size = log_size + (t - 1) * log_abs
         log_moment += t * log_m
-        log_beyond += t * log_sum_exp(beyond * losses, tilted)
-        bottom += t * losses[0]
-        infinite += t * infinite_mass
-        drift += t * ROUND_OFF * np.abs(losses).max()
-    # The FFT is circular: of the sums that it takes for one another, we name the one in the window.
-    first = math.floor((low - bottom) / step) - 2
-    sums = bottom + step * np.arange(first, first + points)
-    weights = np.roll(irfft(spectrum, points), -(first % points)) * np.exp(tilt * (low - sums))
-    # Tilted mass that may be missing or in excess: sums above the window; and round-off, by Parseval's
-    # theorem at most the error's norm in the Fourier domain, where steps multiply it.
-    steps = sum(t for *_, t in segments)
-    error = math.exp(min(0, log_beyond - beyond * sums[-1]))
-    error += (steps + 1) * FFT_ROUND_OFF * math.sqrt(2 * np.exp(2 * log_size).sum())
-    log_error = math.log(error) + log_moment - tilt * math.log1p(1 / tilt) - math.log1p(tilt)
-    sign = 1 if pessimistic else -1
-
-    def delta(eps):
-        eps = eps - sign * drift  # the grid's losses are rounded as well
-        start = np.searchsorted(sums, eps, side="right")
-        value = math.exp(log_moment - tilt * low) * (weights[start:] @ -np.expm1(eps - sums[start:]))
-        # Sums from below the window come back above it, with a weight of exp(-tilt window) at most.
-        value += sign * (math.exp(log_error - tilt * eps) + 2 * math.exp(-tilt * step * points))
-        return value * math.exp(sign * steps * ROUND_OFF) + infinite
-
-    return delta
+        log_beyond += t * float(logsumexp(tilt * losses, b=tilted))
+        bottom += t * lowest
+        doubt += t * doubt_one
+    # delta(epsilon) exp(tilt epsilon) is the convolution of the tilted law with `gain` of loss - epsilon. The FFT is
+    # circular: of the epsilons that it takes for one another, we name the one in the window.
+    sums, above = step * (first + np.arange(points)), step * np.arange(points)
+    decay, gain = np.exp(log_moment - tilt * sums), np.exp(-tilt * above) * -np.expm1(-above)
+    curve = decay * np.roll(irfft(spectrum * rfft(gain).conj(), points), (bottom - first) % points)
+    # Tilted mass that may be missing or in excess: sums above the window (Chernoff); and round-off, by Parseval's
+    # theorem at most the error's norm in the Fourier domain, where steps multiply it. It counts at most by the
+    # maximum of gain, at log(1 + 1/tilt). Then the round-off of gain's transform and of the way back.
+    error = math.exp(min(0, log_beyond - tilt * sums[-1]))
+    error += steps * FFT_ROUND_OFF * math.sqrt(2 * np.exp(2 * log_size).sum())
+    error *= math.exp(-tilt * math.log1p(1 / tilt)) / (1 + tilt)
+    error += 2 * FFT_ROUND_OFF * (gain.sum() * np.abs(spectrum).sum() / points + np.linalg.norm(gain))
+    # Sums below epsilon come back above the window, with a weight of exp(-tilt window) at most.
+    error = decay * error + 2 * math.exp(-tilt * step * points) + (2 * steps + doubt) * tail
+    factor = math.exp(doubt + steps * ROUND_OFF)
+    return (curve - error) / factor, (curve + error) * factor, 2 * doubt
 
 
-def crossing(curve, delta, low, high):
-    """(below, above): two epsilons within [low, high], close together, between which the curve passes delta."""
-    if curve(low) <= delta:
-        return low, low
-    if curve(high) > delta:
-        return high, high
-    for _ in range(18):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if curve(middle) > delta else (low, middle)
-    return low, high
+def lower_index(below, above, drift, delta, step, steps, top):
+    """The highest grid point found below top (or 0) at which delta(epsilon - drift) is proven to exceed delta.
+
+    How much does rounding raise delta? It multiplies exp(loss) by an M of mean 1 under Q that takes the values y
+    and y e^h, h = step, for a y between e^-h and 1. No convex function of M loses in the mean if we spread M < 1 to
+    e^-h and 1, and M > 1 to 1 and e^h, keeping M's mean. Now e^h has the probability E(M - 1)+ / (e^h - 1), at most
+    1/(1 + e^(h/2))^2 (at y = e^(-h/2)); spread on until it has that. This is the law of a product of two independent
+    factors, e^(h/2) or e^(-h/2), of mean 1. delta is the mean of a convex function of each step's exp(loss), so with
+    rounding it becomes a D with, for n steps,
+        delta(epsilon) <= D(epsilon) <= E[delta(epsilon - h (B - n))], B binomial (2n, 1/(1 + e^(-h/2)))
+    (these are the factors' probabilities after weighting by their product). Suppose that delta(epsilon0) <= delta.
+    As delta(.) is convex in exp(epsilon), it lies below a tent: near epsilon0 below the chords from there to bounds
+    on either side, else below `above`. Where the tent's mean is less than `below`, this is a contradiction.
+    """
+    mean = round(steps * math.tanh(step / 4))  # of B - n: what is compared is D(epsilon0 + h mean)
+    reach = 8 * math.ceil(math.sqrt(steps))  # 11 standard deviations; B is further away with probability 1e-27
+    b = np.arange(max(0, steps + mean - reach), min(2 * steps, steps + mean + reach) + 1)
+    offset = steps + mean - b
+    noise = np.exp(gammaln(2 * steps + 1) - gammaln(b + 1) - gammaln(2 * steps - b + 1)
+                   - 2 * steps * math.log1p(math.exp(-step / 2)) - (2 * steps - b) * step / 2)
+    below = np.pad(below, (reach, reach + mean))
+    above = np.pad(above, (reach + math.ceil(2 * drift / step), reach), constant_values=(1, above[-1]))
+
+    def proven(point):
+        point += reach
+        tent = above[point + offset]
+        for part in (1, 2, 4, 8):
+            half = min(reach // part, int(700 / step))  # exp(700) is still finite
+            ends, heights = np.array([-half, 0, half]), [above[point - half], delta, above[point + half]]
+            x, ends = np.expm1(step * np.minimum(offset, half)), np.expm1(step * ends)
+            tent = np.minimum(tent, np.interp(x, ends, heights, left=np.inf))
+        return (noise @ tent) * (1 + 1e-6) + 1e-25 < below[point + mean]  # 1e-6 for the errors of gammaln
+
+    gap = 1
+    while gap < top and not proven(top - gap):
+        gap *= 2
+    low, high = top - gap, top - gap // 2
+    while high - low > 1 and low > 0:
+        middle = (low + high) // 2
+        low, high = (middle, high) if proven(middle) else (low, middle)
+    return max(low, 0)
 
 
-def bounds(segments, delta, cap, order, need_lower=True):
-    """(lower, upper) on epsilon in nats, upper <= cap; lower is 0 if it is not needed.
+def bounds(segments, delta, cap, order):
+    """(lower, upper) on epsilon in nats, upper <= cap.
 
     cap is the RDP bound and order the order it is found at. Raises ValueError beyond LIMITS.
     """
@@ -232,17 +189,12 @@ def bounds(segments, delta, cap, order, need_lower=True):
         for value in values[name]:
             if not least <= value <= most:
                 raise ValueError(f"the pld accountant needs a {name} from {least:g} to {most:g}, got {value:g}")
-    upper = cap
-    for most_points in (MIN_POINTS, MAX_POINTS):  # a first look: a grid made for a smaller cap is better
-        if upper == 0:
-            return 0.0, 0.0
-        cap, grid = upper, choose_grid(segments, delta, upper, order, most_points)
-        curves = [delta_curve(segments, grid, removed, True) for removed in (True, False)]
-        upper = min(grid.low, cap)
-        for curve in curves:
-            upper = crossing(curve, delta, upper, cap)[1]
-    lower = grid.low
-    for removed, curve in zip((True, False), curves):
-        if need_lower and curve(lower) > delta:  # this direction may raise the lower bound
-            lower = crossing(delta_curve(segments, grid, removed, False), delta, lower, upper)[0]
-    return float(lower) if lower > grid.low else 0.0, float(upper)
+    grid = choose_grid(segments, delta, cap, order)
+    lower = upper = 0.0
+    for removed in (True, False):
+        below, above, drift = delta_curve(segments, grid, removed)
+        top = next(iter(np.flatnonzero(above <= delta)), grid.points)
+        upper = max(upper, grid.step * (grid.first + top) + drift if top < grid.points else cap)
+        point = lower_index(below, above, drift, delta, grid.step, sum(steps), top)
+        lower = max(lower, grid.step * (grid.first + point) - drift if point else 0.0)
+    return float(lower), float(min(upper, cap))

@@ -96,8 +96,9 @@ def two_step_delta(eps, q, sigma, removed):
     return sum(quad(integrand, a, b, epsabs=1e-15, epsrel=1e-9)[0] for a, b in zip(cuts, cuts[1:]))
 
 
-def law_delta(eps, losses, masses, infinite):
-    return masses @ np.maximum(-np.expm1(np.minimum(eps - losses, 0)), 0) + infinite
+def law_delta(eps, step, first, masses):
+    losses = step * (first + np.arange(len(masses)))
+    return masses @ np.maximum(-np.expm1(np.minimum(eps - losses, 0)), 0)
 
 
 @pytest.mark.filterwarnings("error")
@@ -132,16 +133,18 @@ def test_without_sampling_it_is_the_analytic_gaussian(sigma, steps, delta):
 @pytest.mark.parametrize("q, sigma", STEPS)
 @pytest.mark.parametrize("removed", [True, False])
 @pytest.mark.parametrize("step", [0.003, 0.1])
-def test_one_step_is_discretised_to_the_safe_side(q, sigma, removed, step):
-    grid = pld.Grid(step, 0, 0, 0, 0, 1e-3)  # cuts off so much that it shows
-    low, high = pld.loss_range(q, sigma, removed, 1e-3)
-    for eps in np.linspace(low - 2 * step, high + 2 * step, 101):
-        exact = one_step_delta(eps, q, sigma, removed)
-        assert law_delta(eps, *pld.discretise(q, sigma, removed, grid, True)) >= exact - 1e-15
-        assert law_delta(eps, *pld.discretise(q, sigma, removed, grid, False)) <= exact + 1e-15
-    more, less = (pld.discretise(q, sigma, removed, grid, more) for more in (True, False))
-    assert more[1].sum() + more[2] == pytest.approx(1, abs=1e-12) and less[1].sum() < 1 + 1e-12
-    assert more[1].min() >= 0 and less[1].min() >= 0
+def test_rounding_one_step_raises_delta_and_no_more_than_its_bound(q, sigma, removed, step):
+    tail = 1e-4  # cuts off so much that it shows
+    first, masses, doubt = pld.discretise(q, sigma, removed, step, tail)
+    assert masses.min() >= 0 and masses.sum() == pytest.approx(1 - 2 * tail, abs=2 * tail) and 0 < doubt < 1e-9
+    up = 1 / (1 + math.exp(-step / 2))  # the noise of lower_index: two factors of e^(step/2) or e^(-step/2)
+    for eps in step * np.arange(first - 2, first + len(masses) + 1):
+        exact = {i: one_step_delta(eps + i * step, q, sigma, removed) for i in (-1, 0, 1)}
+        noisy = up**2 * exact[-1] + 2 * up * (1 - up) * exact[0] + (1 - up)**2 * exact[1]
+        rounded = law_delta(eps, step, first, masses)
+        assert exact[0] - 2 * tail <= rounded <= noisy + 1e-12
+        between = law_delta(eps + step / 3, step, first, masses)
+        assert one_step_delta(eps + step / 3, q, sigma, removed) - 2 * tail <= between
 
 
 @pytest.mark.parametrize("q, sigma", STEPS)
@@ -150,25 +153,61 @@ def test_one_step_is_discretised_to_the_safe_side(q, sigma, removed, step):
 def test_few_steps_by_direct_integration(q, sigma, removed, steps, direct):
     segments = [(q, sigma, steps)]
     cap, order = acc.epsilon_and_order(segments, 1e-6)
-    grid = pld.choose_grid(segments, 1e-6, cap, order, 2**16)
-    upper, lower = (pld.delta_curve(segments, grid, removed, more) for more in (True, False))
-    for eps in np.linspace(grid.low, cap, 6):
+    grid = pld.choose_grid(segments, 1e-6, cap, order)
+    below, above, drift = pld.delta_curve(segments, grid, removed)
+    assert 0 < drift < 1e-9
+    points = np.linspace(max(0, -grid.first), cap / grid.step - grid.first, 6).astype(int)
+    for point in points:
+        eps = grid.step * (grid.first + point)
         exact = direct(eps, q, sigma, removed)
-        assert lower(eps) <= exact * (1 + 1e-9) and exact * (1 - 1e-9) <= upper(eps)
-    if grid.low == 0:  # and not far away
-        assert upper(0.1 * cap) - lower(0.1 * cap) <= 0.02 * direct(0.1 * cap, q, sigma, removed) + 1e-8
+        assert exact * (1 - 1e-9) <= above[point] <= 1.005 * exact + 1e-8
+        assert 0.995 * exact - 1e-8 <= below[point]
+        target = 0.5 * below[point]
+        if target < 1e-7:
+            continue
+        found = pld.lower_index(below, above, drift, target, grid.step, steps, int(np.argmax(above <= target)))
+        eps = grid.step * (grid.first + found)
+        assert target < direct(eps, q, sigma, removed)
+        assert direct(eps + 4 * grid.step, q, sigma, removed) <= target + 1e-8  # and not far away
 
 
 @pytest.mark.parametrize("part", [2, 4, 8])
 @pytest.mark.parametrize("removed", [True, False])
 def test_what_wraps_around_is_accounted_for(part, removed):
     segments = [(0.1, 2.0, 5000)]
-    grid = pld.choose_grid(segments, 1e-6, *acc.epsilon_and_order(segments, 1e-6), 2**16)
-    upper, lower = (pld.delta_curve(segments, grid, removed, more) for more in (True, False))
+    grid = pld.choose_grid(segments, 1e-6, *acc.epsilon_and_order(segments, 1e-6))
+    below, above, _ = pld.delta_curve(segments, grid, removed)
     small = grid._replace(points=grid.points // part)  # a window that is much too small for the sums
-    for eps in np.linspace(small.low, small.low + small.step * small.points, 9):
-        assert pld.delta_curve(segments, small, removed, True)(eps) >= lower(eps)
-        assert pld.delta_curve(segments, small, removed, False)(eps) <= upper(eps)
+    below_small, above_small, _ = pld.delta_curve(segments, small, removed)
+    assert (above_small >= below[:small.points]).all() and (below_small <= above[:small.points]).all()
+
+
+@pytest.mark.parametrize("sigma, steps, delta, coarsest", [(0.3, 1000, 1e-6, 64), (5.0, 1, 1e-3, 1024),
+                                                           (5.0, 7, 1e-8, 1024)])
+def test_lower_bound_on_a_coarse_grid(sigma, steps, delta, coarsest):
+    segments = [(1.0, sigma, steps)]
+    grid = pld.choose_grid(segments, delta, *acc.epsilon_and_order(segments, delta))
+    one = sigma / math.sqrt(steps)
+    for coarser in (coarsest // 16, coarsest // 4, coarsest):
+        coarse = grid._replace(step=grid.step * coarser, first=grid.first // coarser, points=grid.points // coarser)
+        below, above, drift = pld.delta_curve(segments, coarse, True)
+        top = int(np.argmax(above <= delta))
+        found = pld.lower_index(below, above, drift, delta, coarse.step, steps, top)
+        lower, upper = (gaussian_delta(coarse.step * (coarse.first + i), one) for i in (found, top))
+        assert 0 < found and upper <= delta < lower
+    assert lower > 1.1 * delta  # what rounding does shows here
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1e-4])
+def test_lower_bound_where_rounding_raises_delta_as_much_as_it_may(delta):
+    steps, step, first = 100, 0.05, -600
+    exact = np.array([gaussian_delta(step * (first + i), 1.0) for i in range(-steps, 1200 + steps)])
+    up = 1 / (1 + math.exp(-step / 2))
+    noise = [math.comb(2 * steps, b) * up**b * (1 - up)**(2 * steps - b) for b in range(2 * steps + 1)]
+    rounded = np.convolve(exact, noise, mode="valid")
+    exact = exact[steps:-steps]
+    found = pld.lower_index(rounded, rounded, 0.0, delta, step, steps, int(np.argmax(rounded <= delta)))
+    assert exact[found] > delta >= exact[found + 30]
 
 
 @pytest.mark.filterwarnings("error")
@@ -209,7 +248,8 @@ def test_edges():
     assert acc.epsilon(0.01, 1.0, 0, 1e-5, accountant="pld") == 0
     assert acc.epsilon_bounds([], 1e-5) == acc.epsilon_bounds([(0.01, 1e9, 100)], 1e-5) == (0, 0)
     assert acc.epsilon(0.01, 1.1, 1000, 1e-5, accountant="pld") == acc.epsilon_bounds([(0.01, 1.1, 1000)], 1e-5)[1]
-    assert acc.epsilon_bounds([(1e-5, 1.0, 1)], 1e-5) == (0, 0)  # an example is hardly ever drawn at all
+    hardly_drawn = acc.epsilon_bounds([(1e-5, 1.0, 1)], 1e-5)
+    assert hardly_drawn == pytest.approx((0, 0), abs=1e-9)
     assert acc.calibrate_noise(1e4, 1e-5, 0.01, 1, accountant="pld") == pytest.approx(0.1)
 
 
@@ -226,7 +266,7 @@ def test_beyond_its_limits_it_refuses(q, sigma, steps, delta, name):
 
 def test_a_step_must_fit_into_the_grid():
     with pytest.raises(ValueError, match="one step's losses take"):
-        pld.delta_curve([(0.1, 1.0, 5)], pld.Grid(1e-3, 64, 0.0, 1.0, 1.0, 1e-9), True, True)
+        pld.delta_curve([(0.1, 1.0, 5)], pld.Grid(1e-3, 0, 64, 1.0, 1e-9), True)
 
 
 def test_bad_arguments():
