@@ -249,8 +249,8 @@ def describe(config: Config) -> str:
     gradients = 4 * (trained + embedder) if config.engine == "func" else 0
     memory = [
         (4 * (vae + unet + embedder), "all weights, float32"),
-        (24 * (trained + embedder), "six more per trained one: copy, average, Adam's moments (2), clipped sum, noisy "
-                                    "gradient"),
+        (28 * (trained + embedder), "seven more per trained one: copy, average, Adam's moments (2), clipped sum, noisy "
+                                    "gradient, the last one"),
         (chunk * (example + gradients),
          f"{chunk} examples at a time (--chunk), {example / 2**20:,.1f} MiB each: what autograd keeps of the "
          f"U-Net's forward pass{' (not the text encoder)' * captions}"
