@@ -7,7 +7,7 @@
 Each engine runs in a process of its own, one after the other, with the same model, batch and threads, in --rounds
 turns of which the fastest counts: a machine's speed drifts, and other work can only slow it down. "ordinary" is a
 step without privacy: one backward pass to the same parameters. Memory is the peak above that of the loaded model.
-The Opacus rows need `pip install opacus`. The models are DP-LDM's (and the presets of this repository).
+The Opacus rows need `pip install opacus`. The models are those of the presets, all of their attention trained.
 """
 
 import argparse
@@ -30,24 +30,16 @@ from dp_sgd import clipped_gradient_sum  # noqa: E402
 from ldm import ClassEmbedder, make_alphas_cumprod, q_sample  # noqa: E402
 from unet import UNet, private_parameter_names  # noqa: E402
 
-PRESET = Config(**PRESETS["mnist"]).architecture(10)["unet"]
-# name: (arguments of UNet, latent size, examples per step, examples per chunk)
-MODELS = {
-    "mnist": (PRESET, 4, 256, 256),
-    "mnist-paper": (dict(in_channels=3, out_channels=3, model_channels=64, num_res_blocks=1,
-                         attention_resolutions=[1, 2], channel_mult=[1, 2], num_heads=4, context_dim=5,
-                         use_scale_shift_norm=True, resblock_updown=True), 4, 256, 256),
-    "cifar10": (dict(in_channels=3, out_channels=3, model_channels=128, num_res_blocks=2,
-                     attention_resolutions=[1, 2, 4], channel_mult=[1, 2, 2, 4], num_heads=8, context_dim=512),
-                16, 16, 16),
-    "celeba64": (dict(in_channels=3, out_channels=3, model_channels=128, num_res_blocks=2,
-                      attention_resolutions=[4, 2, 1], channel_mult=[1, 2, 4], num_heads=8,
-                      use_scale_shift_norm=True, resblock_updown=True), 32, 8, 8),
-    "celebahq256": (dict(in_channels=3, out_channels=3, model_channels=192, num_res_blocks=2,
-                         attention_resolutions=[8, 4, 2], channel_mult=[1, 2, 3, 5], num_heads=1, context_dim=512),
-                    64, 2, 1),
-}
+# preset: examples per step and per chunk
+MODELS = {"mnist": (256, 256), "mnist-paper": (256, 256), "cifar10": (16, 16), "celeba64": (8, 8),
+          "celebahq256": (2, 1)}
 ENGINES = ["ordinary", "func", "ghost", "opacus-hooks", "opacus-ghost", "ordinary-bf16", "ghost-bf16"]
+
+
+def setting(name: str) -> tuple[dict, int, int, int]:
+    """(arguments of UNet, size of the latents, examples per step, examples per chunk) of a preset."""
+    config = Config(**PRESETS[name])
+    return config.architecture(10)["unet"], config.image_size // 2 ** (len(config.vae_mult) - 1), *MODELS[name]
 
 
 class Model(nn.Module):
@@ -126,7 +118,7 @@ def memory(device: str) -> int:
 def measure(engine: str, name: str, device: str, seconds: float, batch: int | None = None, width: int | None = None,
             K: int = 1) -> dict:
     """{rate: examples/s, bytes}: the fastest step of at least three within `seconds`, after a warm-up."""
-    arguments, size, B, chunk = MODELS[name]
+    arguments, size, B, chunk = setting(name)
     arguments, B = {**arguments, "model_channels": width or arguments["model_channels"]}, batch or B
     torch.manual_seed(0)
     model = Model(arguments).to(device)
@@ -160,7 +152,7 @@ def compare(models: list[str], engines: list[str], rounds: int, seconds: float) 
     print("| U-Net, latents, batch | engine | examples/s | time / ordinary | peak memory | memory / ordinary |\n"
           "|---|---|---|---|---|---|")
     for name in models:
-        arguments, size, B, chunk = MODELS[name]
+        arguments, size, B, chunk = setting(name)
         found = {}
         for engine in engines * rounds:
             if result := in_own_process(seconds, engine=engine, name=name):
@@ -180,7 +172,7 @@ def growth(seconds: float) -> None:
             + [dict(batch=256, K=K) for K in (2, 4, 8)])
     for way in ways:
         if result := in_own_process(seconds, engine="ghost", name="mnist", **way):
-            print(f"| {way['batch']} | {way.get('width', PRESET['model_channels'])} | {way.get('K', 1)} | "
+            print(f"| {way['batch']} | {way.get('width', 64)} | {way.get('K', 1)} | "
                   f"{1e3 / result['rate']:.2f} | {result['bytes'] / 1e9:.2f} GB |", flush=True)
 
 
