@@ -3,6 +3,7 @@
     python benchmarks/dp_step.py                                  # the small models: minutes
     python benchmarks/dp_step.py --models celeba64 celebahq256    # the large ones, in chunks
     python benchmarks/dp_step.py --growth                         # the ghost engine as the work grows
+    python benchmarks/dp_step.py --share                          # of the rate at which large matrices are multiplied
 
 Each engine runs in a process of its own, one after the other, with the same model, batch and threads, in --rounds
 turns of which the fastest counts: a machine's speed drifts, and other work can only slow it down. "ordinary" is a
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from config import PRESETS, Config  # noqa: E402
 from dp_sgd import clipped_gradient_sum  # noqa: E402
@@ -116,8 +118,12 @@ def memory(device: str) -> int:
 
 
 def measure(engine: str, name: str, device: str, seconds: float, batch: int | None = None, width: int | None = None,
-            K: int = 1) -> dict:
-    """{rate: examples/s, bytes}: the fastest step of at least three within `seconds`, after a warm-up."""
+            K: int = 1, count: bool = False) -> dict:
+    """{rate: examples/s, bytes}: the fastest step of at least three within `seconds`, after a warm-up.
+
+    With `count` also {flops: floating-point operations of matrix products and convolutions per example, peak: per
+    second, in a product of two 2048 x 2048 matrices}.
+    """
     arguments, size, B, chunk = setting(name)
     arguments, B = {**arguments, "model_channels": width or arguments["model_channels"]}, batch or B
     torch.manual_seed(0)
@@ -135,7 +141,17 @@ def measure(engine: str, name: str, device: str, seconds: float, batch: int | No
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return dict(rate=B / min(times[1:]), bytes=memory(device) - before)
+    result = dict(rate=B / min(times[1:]), bytes=memory(device) - before)
+    if not count:
+        return result
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a, times = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if model.bf16 else torch.float32), []
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()   # waits for the device
+        times.append(time.perf_counter() - begin)
+    return dict(result, flops=counter.get_total_flops() / B, peak=2 * 2048**3 / min(times))
 
 
 def in_own_process(seconds: float, **what) -> dict | None:
@@ -176,11 +192,25 @@ def growth(seconds: float) -> None:
                   f"{1e3 / result['rate']:.2f} | {result['bytes'] / 1e9:.2f} GB |", flush=True)
 
 
+def share(models: list[str], seconds: float) -> None:
+    """Print what share of the machine's matrix rate the ordinary step reaches."""
+    print("| U-Net | float32: GFLOP/s | of the matrix rate | bfloat16: GFLOP/s | of the matrix rate |\n"
+          "|---|---|---|---|---|")
+    for name in models:
+        cells = []
+        for engine in ("ordinary", "ordinary-bf16"):
+            found = in_own_process(seconds, engine=engine, name=name, count=True)
+            reached = found["rate"] * found["flops"]
+            cells += [f"{reached / 1e9:.0f}", f"{reached / found['peak']:.0%}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["mnist", "mnist-paper", "cifar10"])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--growth", action="store_true", help="batch, width and K instead of engines")
+    parser.add_argument("--share", action="store_true", help="of the matrix rate, of the ordinary step")
     parser.add_argument("--rounds", type=int, default=2, help="turns of all the engines; the fastest counts")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per engine and turn")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)   # what a child process measures
@@ -193,6 +223,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {hardware}\n")
     if args.growth:
         growth(args.seconds)
+    elif args.share:
+        share(args.models, args.seconds)
     else:
         engines = [e for e in args.engines if not e.startswith("opacus") or importlib.util.find_spec("opacus")]
         compare(args.models, engines, args.rounds, args.seconds)
