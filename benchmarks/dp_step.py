@@ -164,21 +164,21 @@ def in_own_process(seconds: float, **what) -> dict | None:
 
 
 def compare(models: list[str], engines: list[str], rounds: int, seconds: float) -> None:
-    """Print the table of all engines on these models."""
-    print("| U-Net, latents, batch | engine | examples/s | time / ordinary | peak memory | memory / ordinary |\n"
-          "|---|---|---|---|---|---|")
+    """Print the table of all engines on these models; "-" where an engine fails."""
+    others = [engine for engine in engines if engine != "ordinary"]
+    print(f"| U-Net, latents, batch | ordinary step | {' | '.join(others)} |\n|---|---|{'---|' * len(others)}")
     for name in models:
         arguments, size, B, chunk = setting(name)
         found = {}
-        for engine in engines * rounds:
+        for engine in ["ordinary", *others] * rounds:
             if result := in_own_process(seconds, engine=engine, name=name):
                 found.setdefault(engine, []).append(result)
         rates = {engine: max(r["rate"] for r in runs) for engine, runs in found.items()}
         peaks = {engine: max(r["bytes"] for r in runs) for engine, runs in found.items()}
-        for engine in found:
-            print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {engine} | "
-                  f"{rates[engine]:.3g} | {rates['ordinary'] / rates[engine]:.2f} | {peaks[engine] / 1e9:.2f} GB | "
-                  f"{peaks[engine] / peaks['ordinary']:.2f} |", flush=True)
+        cells = [f"{rates['ordinary'] / rates[engine]:.2f} ({peaks[engine] / peaks['ordinary']:.2f})"
+                 if engine in found else "-" for engine in others]
+        print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {float(f"{rates['ordinary']:.3g}"):,g}/s, "
+              f"{peaks['ordinary'] / 1e9:.2f} GB | {' | '.join(cells)} |", flush=True)
 
 
 def growth(seconds: float) -> None:
