@@ -175,9 +175,10 @@ def compare(models: list[str], engines: list[str], rounds: int, seconds: float) 
                 found.setdefault(engine, []).append(result)
         rates = {engine: max(r["rate"] for r in runs) for engine, runs in found.items()}
         peaks = {engine: max(r["bytes"] for r in runs) for engine, runs in found.items()}
+        ordinary = float(f"{rates['ordinary']:.3g}")   # 1,000 rather than 1e+03
         cells = [f"{rates['ordinary'] / rates[engine]:.2f} ({peaks[engine] / peaks['ordinary']:.2f})"
                  if engine in found else "-" for engine in others]
-        print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {float(f"{rates['ordinary']:.3g}"):,g}/s, "
+        print(f"| {name}, {size}x{size}x{arguments['in_channels']}, {B} by {chunk} | {ordinary:,g}/s, "
               f"{peaks['ordinary'] / 1e9:.2f} GB | {' | '.join(cells)} |", flush=True)
 
 
