@@ -107,6 +107,19 @@ def grid_panel(model: LatentDiffusion, names: list[str], source: dict,
     return title(source), images.reshape(len(names), args.columns, *images.shape[1:]), names
 
 
+def write_npz(args: argparse.Namespace) -> None:
+    """Write --npz: --count samples of the one checkpoint, evenly of all its classes or of the prompts."""
+    model, facts = load_checkpoint(args.checkpoints[0])
+    names = names_of(model, facts, args.prompt)
+    labels = uniform_labels(args.count, len(names))
+    conditions = model.conditions(names).numpy()[labels]
+    images = sample(model.to(args.device), conditions, args.steps, args.eta, args.order, args.guidance, args.seed)
+    source = dict(origin(args.checkpoints[0], facts), steps=args.steps, order=args.order, eta=args.eta,
+                  guidance=args.guidance, seed=args.seed, **({"prompts": names} if args.prompt else {}))
+    data.save_arrays(args.npz, images=images, labels=labels, origin=np.array(json.dumps(source)))
+    print(f"wrote {args.count:,} images to {args.npz}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint files of train.py")
@@ -140,15 +153,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args.device = find_device(args.device)
     if args.npz:
-        model, facts = load_checkpoint(args.checkpoints[0])
-        names = names_of(model, facts, args.prompt)
-        labels = uniform_labels(args.count, len(names))
-        conditions = model.conditions(names).numpy()[labels]
-        images = sample(model.to(args.device), conditions, args.steps, args.eta, args.order, args.guidance, args.seed)
-        source = dict(origin(args.checkpoints[0], facts), steps=args.steps, order=args.order, eta=args.eta,
-                      guidance=args.guidance, seed=args.seed, **({"prompts": names} if args.prompt else {}))
-        data.save_arrays(args.npz, images=images, labels=labels, origin=np.array(json.dumps(source)))
-        print(f"wrote {args.count:,} images to {args.npz}")
+        write_npz(args)
     if args.grid:
         loaded = [load_checkpoint(path) for path in args.checkpoints]
         names = [names_of(model, facts, args.prompt) for model, facts in loaded]
