@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 import data
 from accountant import ACCOUNTANTS
-from ldm import LatentDiffusion, check_sampling
+from ldm import LatentDiffusion, check_prompts, check_sampling, tokenise
 from unet import PRIVATE_PARTS, private_parameter_names
 
 
@@ -27,7 +28,7 @@ def option(default, text: str):
 class Config:
     """Everything that a run depends on. Each field is a flag of the same name; presets set some of them."""
     stage: str = option("private", "public or private")
-    preset: str = option("glyphs", "data and sizes: glyphs, mnist, or one of the paper's models (see PRESETS)")
+    preset: str = option("glyphs", "data and sizes: glyphs, glyphs-text, mnist, or a model of the paper (see PRESETS)")
     describe: bool = option(False, "print the model's parameters and the memory of a private step, and stop")
     data_dir: str = option("data", "folder of the named data sets' folders, or of MNIST's files")
     public_data: str = option("letters", "public images: letters, digits, a data set's name, or a path (see data.py)")
@@ -40,8 +41,8 @@ class Config:
     save_every: int = option(20, "private steps between two checkpoints to resume from")
     seed: int = option(0, "seed of the public stage; private noise and batches never follow a seed")
     device: str = option("auto", "cpu, cuda, ..., or auto")
-    bf16: bool = option(False, "U-Net in bfloat16: faster where the machine is made for it; weights, norms, sums and "
-                        "noise stay float32")
+    bf16: bool = option(False, "U-Net and embedder in bfloat16: faster where the machine is made for it; weights, "
+                        "norms, sums and noise stay float32")
     # images and autoencoder
     image_size: int = option(32, "images are this high and wide")
     channels: int = option(1, "1 for grey, 3 for colour")
@@ -64,12 +65,13 @@ class Config:
     num_head_channels: int = option(0, "width of each head, instead of their number; 0: as many as --num-heads")
     use_scale_shift_norm: bool = option(False, "the time embedding scales and shifts, instead of being added")
     resblock_updown: bool = option(False, "the U-Net changes size in residual blocks, instead of convolutions")
-    context_dim: int = option(64, "width of the class embedding; 0: unconditional, without classes")
-    context_tokens: int = option(1, "1: a class; more: a caption, which --describe knows, but not yet training")
+    context_dim: int = option(64, "width of the embedding of a class or caption; 0: unconditional, without either")
+    context_tokens: int = option(1, "1: a class; more: a caption, cut off after so many bytes of UTF-8")
+    text_layers: int = option(2, "layers of the caption's transformer; 0: LDM's BERT, which only --describe knows")
     num_classes: int = option(10, "private classes that --describe counts with; training takes them from the data")
     linear_start: float = option(0.0015, "first beta of the noise schedule")
     linear_end: float = option(0.0195, "last beta of the noise schedule")
-    label_dropout: float = option(0.1, "share of examples trained with the null class, for guidance")
+    label_dropout: float = option(0.1, "share of examples trained with the null class or no caption, for guidance")
     public_steps: int = option(10_000, "optimiser steps of the public diffusion model")
     public_batch: int = option(128, "examples per public step")
     public_lr: float = option(2e-3, "learning rate of the public diffusion model")
@@ -82,7 +84,8 @@ class Config:
     max_grad_norm: float = option(0.1, "clipping norm C of one example's gradient")
     noise_draws: int = option(1, "K: diffusion noise draws averaged in one example's gradient")
     private_lr: float = option(2e-3, "learning rate of the private stage")
-    embedder_scale: float = option(30.0, "the embedder is trained in units of 1/this, which multiplies its gradient")
+    embedder_scale: float = option(30.0, "the table of classes or bytes is trained in units of 1/this, which "
+                                   "multiplies its gradient")
     train: str = option("attention", "what of the U-Net is fine-tuned: attention, lora (of low rank, in its "
                         "projections), resblocks or all")
     lora_rank: int = option(8, "rank of --train lora")
@@ -93,6 +96,7 @@ class Config:
     show_private_loss: bool = option(False, "print the training loss: IT IS NOT PRIVATE, never publish it")
     ema_decay: float = option(0.999, "decay of the weights' moving average, per logical step")
     # sampling, for the grid at the end
+    prompts: tuple[str, ...] = option((), "captions of that grid; the private stage makes none without them")
     sample_steps: int = option(12, "network evaluations")
     order: int = option(2, "1: DDIM, 2: DPM-Solver++ 2M, which needs fewer steps")
     eta: float = option(0.0, "with order 1 up to 1, DDPM's noise: samples are cleaner and less diverse")
@@ -111,13 +115,30 @@ class Config:
         vae |= {"n_embed": self.codebook} if self.codebook else {}
         unet |= {name: getattr(self, name) for name in ("num_head_channels", "use_scale_shift_norm", "resblock_updown")
                  if getattr(self, name)}
+        text = dict(length=self.context_tokens, layers=self.text_layers)
         return dict(vae=vae, unet=unet, num_classes=num_classes,
-                    linear_start=self.linear_start, linear_end=self.linear_end)
+                    linear_start=self.linear_start, linear_end=self.linear_end,
+                    **({"text": text} if self.has_captions and self.text_layers else {}))
+
+    @property
+    def has_captions(self) -> bool:
+        return self.context_tokens > 1 and self.context_dim > 0
 
     def load_data(self, source: str) -> data.Dataset:
-        """The training images; an unconditional model takes them for one class."""
+        """The training images; a model without classes takes them for one. ValueError where captions are missing."""
         dataset = data.load(source, "train", self.data_dir, self.image_size, self.channels)
-        return dataset if self.context_dim else data.Dataset(dataset.images, 0 * dataset.labels, ["all"])
+        if self.has_captions and dataset.captions is None:
+            raise ValueError(f"{source} has no captions: give data with captions (a folder with a metadata.jsonl), or "
+                             "--context-tokens 1 for a model of classes")
+        if self.context_dim and not self.has_captions:
+            return dataset
+        return data.Dataset(dataset.images, 0 * dataset.labels, ["all"], dataset.captions)
+
+    def conditions(self, dataset: data.Dataset) -> torch.Tensor:
+        """What the U-Net is told of each image: its label, int [N], or its caption, int [N, L]."""
+        if self.has_captions:
+            return tokenise(dataset.captions, self.context_tokens)
+        return torch.from_numpy(dataset.labels)
 
     def check(self) -> None:
         """ValueError naming the first flag whose value cannot work."""
@@ -127,8 +148,8 @@ class Config:
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
                 may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta", "codebook", "num_head_channels",
-                                         "context_dim")
-                if f.type not in (bool, str) and f.name != "insecure_noise_seed" and not (
+                                         "context_dim", "text_layers")
+                if not isinstance(number, bool | str) and f.name != "insecure_noise_seed" and not (
                         number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
         if self.accountant not in ACCOUNTANTS:
@@ -156,9 +177,11 @@ class Config:
         if self.unet_channels % 2 or any(self.unet_channels * mult % heads for mult in self.unet_mult):
             raise ValueError("--unet-channels must be even, and times each of --unet-mult a multiple of --num-heads "
                              "(or --num-head-channels)")
-        if self.context_tokens > 1 and not self.describe:
-            raise ValueError("captions (--context-tokens above 1) cannot be trained on yet: give --describe to see "
-                             "the model, or --context-tokens 1 for classes")
+        if self.has_captions and not self.text_layers and not self.describe:
+            raise ValueError("captions in LDM's BERT (--text-layers 0) cannot be trained on: give --describe to see "
+                             "the model, or --text-layers for a text encoder that is trained here")
+        if self.has_captions:
+            check_prompts(self.prompts, self.context_tokens)
         if self.init and self.public_checkpoint:
             raise ValueError("--init and --public-checkpoint both give a public model: leave one out")
         check_sampling(self.sample_steps, self.eta, self.order)
@@ -182,10 +205,16 @@ SCALE_SHIFT = dict(use_scale_shift_norm=True, resblock_updown=True)
 CELEBA = dict(PAPER, **SCALE_SHIFT, public_data="imagenet32", private_data="celeba", context_dim=0,
               unet_mult=(1, 2, 4), attention_resolutions=(4, 2, 1), eps=1.0, delta=1e-6, max_grad_norm=5e-4)
 
+# Six latent channels, where the default has eight: fewer are learnt sooner, and a demo has minutes only.
+GLYPHS = dict(vae_steps=3_000, latent_channels=6, unet_channels=48, public_steps=1_400, public_lr=4e-3,
+              expected_batch=256, epochs=6.0, private_lr=4e-3)
+
 PRESETS = {
-    # Six latent channels, where the default has eight: fewer are learnt sooner, and a demo has minutes only.
-    "glyphs": dict(vae_steps=3_000, latent_channels=6, unet_channels=48, public_steps=1_400, public_lr=4e-3,
-                   expected_batch=256, epochs=6.0, private_lr=4e-3),
+    "glyphs": GLYPHS,
+    "glyphs-text": dict(GLYPHS, public_data="captioned-letters", private_data="captioned-digits", context_tokens=32,
+                        context_dim=48, public_steps=1_800, epochs=4.0, prompts=(
+                            "a thin digit 7 leaning right", "a bold digit 2 leaning left", "a medium digit 4 upright",
+                            "a bold digit 5 upright", "a thin digit 0 leaning left")),
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=12.0),
     "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),
                         vae_attention=(32, 16, 8), unet_channels=64, unet_mult=(1, 2), res_blocks=1,
@@ -204,7 +233,7 @@ PRESETS = {
     "text256": dict(PAPER, public_data="data/laion", private_data="celebahq", image_size=256,
                     vae_mult=(1, 2, 4, 4), vae_attention=(), latent_channels=4, unet_channels=320,
                     unet_mult=(1, 2, 4, 4), attention_resolutions=(4, 2, 1), context_dim=1_280, context_tokens=77,
-                    linear_start=0.00085, linear_end=0.012,
+                    text_layers=0, linear_start=0.00085, linear_end=0.012,
                     eps=10.0, max_grad_norm=1e-3, expected_batch=256, chunk="3"),
 }
 
@@ -226,14 +255,16 @@ def describe(config: Config) -> str:
         architecture["unet"]["lora_rank"] = config.lora_rank
     with torch.device("meta"):
         model = LatentDiffusion(architecture).to("meta").requires_grad_(False)
-    tokens, captions = config.context_tokens, config.context_tokens > 1
+    tokens = config.context_tokens
     names, more = ([name.removeprefix("unet.") for name in private_parameter_names(
         model, config.attention_blocks, t, config.train) if name.startswith("unet.")] for t in (tokens, 2))
     trained = count(map(model.unet.get_parameter, names))
     idle = count(map(model.unet.get_parameter, more)) - trained
     chunk = 1 if config.chunk == "auto" else int(config.chunk)
-    embedder = TEXT_ENCODER_PARAMETERS if captions else count(model.embedder.parameters())
-    kind = ("text encoder of txt2img-1p4B" if captions else "no embedder" if not embedder else
+    official = config.has_captions and not config.text_layers
+    embedder = TEXT_ENCODER_PARAMETERS if official else count(model.embedder.parameters())
+    kind = ("text encoder of txt2img-1p4B" if official else "no embedder" if not embedder else
+            f"text encoder, {config.text_layers} layers" if config.has_captions else
             f"class embedder, {config.num_classes} + 1 rows")
     unet, vae = count(model.unet.parameters()), count(model.vae.parameters())
     channels, side = config.latent_channels, config.image_size // 2 ** (len(config.vae_mult) - 1)
@@ -253,7 +284,7 @@ def describe(config: Config) -> str:
                                     "gradient, the last one"),
         (chunk * (example + gradients),
          f"{chunk} examples at a time (--chunk), {example / 2**20:,.1f} MiB each: what autograd keeps of the "
-         f"U-Net's forward pass{' (not the text encoder)' * captions}"
+         f"U-Net's forward pass{' (not the text encoder)' * config.has_captions}"
          + f", and {gradients / 2**20:,.1f} MiB: their gradients" * bool(gradients))]
     lines.append(f"a private step needs about {sum(size for size, _ in memory) / 2**30:.2f} GiB, an estimate:")
     lines += [f"{size / 2**30:9.2f} GiB  {what}" for size, what in memory]
@@ -352,7 +383,7 @@ def parse_args(argv: list[str] | None, description: str) -> Config:
         if f.type is bool:
             parser.add_argument(flag, action="store_true", default=None, help=text)
         elif isinstance(f.default, tuple):
-            parser.add_argument(flag, type=int, nargs="+", help=text)
+            parser.add_argument(flag, type=typing.get_args(f.type)[0], nargs="+", help=text)
         else:
             parser.add_argument(flag, type=f.type, help=text)
     given = {name: tuple(value) if isinstance(value, list) else value

@@ -6,6 +6,8 @@
 `load(source, split)` returns a Dataset of uint8 images [N, H, W, C] with labels [N], where source is
     letters     rendered letters A-Z a-z, the public data           (40,000 train, 5,000 test)
     digits      rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
+    captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
+                digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
     a name      mnist, fashion-mnist, emnist-letters, svhn, cifar10, cifar100, celeba (or celeba:Smiling, ...),
                 celebahq, imagenet32 or imagenet64: the publisher's files in DATA_DIR/NAME
     a path      an .npz of images and labels; a folder or a zip of images in class sub-folders, or with captions in a
@@ -27,12 +29,13 @@ import download
 import folders
 import formats
 from formats import Dataset, read_arrays
-from glyphs import LETTERS, STYLES, render
+from glyphs import LETTERS, STYLES, render, render_captioned
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
-# The letter that each digit 0-9 looks most like: a public starting point for the digits' class embeddings.
+# The letter that each digit 0-9 looks most like: a public starting point for the digits' embeddings.
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
-GREY_28 = ("letters", "digits", "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
+GLYPHS = ("letters", "digits", "captioned-letters", "captioned-digits")
+GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
 
 
 def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, channels: int = 1) -> Dataset:
@@ -48,6 +51,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     folder = download.folder_of(name, data_dir)
     if source in ("letters", "digits"):
         dataset = load_glyphs(source, split)
+    elif source in GLYPHS:
+        dataset = load_captioned_glyphs(source, split)
     elif source == "mnist":
         if not folder.is_dir() and Path(data_dir).name not in download.NAMES:
             folder = Path(data_dir)   # MNIST's files may lie in it directly
@@ -73,7 +78,7 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     elif Path(source).exists():
         return folders.load_folder(Path(source), split, image_size, channels)
     else:
-        raise ValueError(f"unknown data {source!r}: give letters, digits, {', '.join(download.NAMES)}, or an .npz, "
+        raise ValueError(f"unknown data {source!r}: give {', '.join((*GLYPHS, *download.NAMES))}, or an .npz, "
                          "folder or zip that exists")
     if source in GREY_28:
         border = (image_size if 28 <= image_size <= 32 else 32) - 28
@@ -107,6 +112,18 @@ def load_glyphs(source: str, split: str) -> Dataset:
         images, labels = render(characters, STYLES[source], count, seed)
         save_arrays(path, images=images, labels=labels)
     return Dataset(images[..., None], labels, list(characters))
+
+
+def load_captioned_glyphs(source: str, split: str) -> Dataset:
+    """The same for captioned-letters and captioned-digits; held_out combinations are in the test digits only."""
+    kind, path = source.removeprefix("captioned-"), CACHE / f"{source}-{split}-v1.npz"
+    if path.exists():
+        images, labels, captions = read_arrays(path, ("images", "labels", "captions"))
+    else:
+        seed, complete = {"train": 0, "test": 1}[split], kind == "letters" or split == "test"
+        images, labels, captions = render_captioned(kind.removesuffix("s"), COUNTS[kind][split], seed, complete)
+        save_arrays(path, images=images, labels=labels, captions=captions)
+    return Dataset(images[..., None], labels, list(LETTERS if kind == "letters" else string.digits), captions.tolist())
 
 
 # ---- files -----------------------------------------------------------------------------------------
@@ -183,6 +200,14 @@ def rows_by_class(dataset: Dataset, columns: int, rows: int = 10) -> tuple[np.nd
     chosen = [np.resize(dataset.images[dataset.labels == k], (columns, *dataset.images.shape[1:]))
               for k in range(len(names))]
     return np.stack(chosen), names
+
+
+def rows_by_caption(dataset: Dataset, captions: list[str], columns: int) -> tuple[np.ndarray, list[str]]:
+    """The first `columns` images with each of the captions, as rows_by_class. ValueError if one has no image."""
+    rows = [np.flatnonzero(np.array(dataset.captions or [""]) == caption) for caption in captions]
+    if missing := [caption for caption, row in zip(captions, rows, strict=True) if not len(row)]:
+        raise ValueError(f"no real image has the caption {missing[0]!r}: leave out --real")
+    return np.stack([dataset.images[np.resize(row, columns)] for row in rows]), captions
 
 
 # ---- command line ----------------------------------------------------------------------------------

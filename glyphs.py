@@ -1,7 +1,11 @@
-"""Rendered characters in random looks: thick and thin, leaning, turned, stretched, warped. No file is needed."""
+"""Rendered characters in random looks: thick and thin, leaning, turned, stretched, warped. No file is needed.
+
+`render` draws looks from a Style; `render_captioned` draws weight and slant as a caption says.
+"""
 
 import string
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -28,6 +32,12 @@ STYLES = {
     "digits": Style((20, 21), (0.9, 1.1), (-5, 5), (0.15, 0.35), (0.4, 1.0), (1.2, 2.0), (0.3, 0.8)),   # bold, leaning
 }
 
+# Words of captions, and what they mean for the weight and the shear of a glyph. The ranges do not touch.
+WEIGHTS = {"thin": (-0.6, -0.3), "medium": (0.15, 0.45), "bold": (1.0, 1.4)}
+SLANTS = {"leaning left": (-0.5, -0.3), "upright": (-0.08, 0.08), "leaning right": (0.3, 0.5)}
+COMBINATIONS = [(weight, slant) for weight in WEIGHTS for slant in SLANTS]
+CAPTIONED_STYLE = Style((17, 20), (0.85, 1.15), (-3, 3), (0, 0), (0, 0), (1.0, 1.6), (0.0, 0.8))
+
 
 def signed_distance(character: str, size: int = 80) -> np.ndarray:
     """Distance to the outline of a rendered character, positive inside, in pixels of a 2*size canvas."""
@@ -41,7 +51,8 @@ def signed_distance(character: str, size: int = 80) -> np.ndarray:
     return ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
 
 
-def render(characters: str, style: Style, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def render(characters: Sequence[str], style: Style, count: int,
+           seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """`count` glyphs of random characters in random looks: images uint8 [count, 28, 28], labels [count].
 
     Every image looks up its character's distance map at the affinely and elastically displaced pixel
@@ -70,3 +81,31 @@ def render(characters: str, style: Style, count: int, seed: int) -> tuple[np.nda
         ink = 0.5 + (depth + look["weight"]) / look["softness"]
         images[i] = np.clip(ink, 0.0, 1.0) * 255
     return images, labels
+
+
+def caption(kind: str, character: str, weight: str, slant: str) -> str:
+    """Content and style in words: "a thin digit 7 leaning right"; kind is "letter" or "digit"."""
+    return f"a {weight} {kind} {character} {slant}"
+
+
+def held_out(digit: str, weight: str, slant: str) -> bool:
+    """Whether the private training data lack this combination: of each digit's nine it is two, not always the same."""
+    return (COMBINATIONS.index((weight, slant)) - int(digit)) % 9 in (0, 4)
+
+
+def render_captioned(kind: str, count: int, seed: int, complete: bool) -> tuple[np.ndarray, ...]:
+    """`count` captioned glyphs, of letters or digits: images uint8 [count, 28, 28], labels [count], captions [count].
+
+    All nine combinations of weight and slant are equally frequent. `complete` False leaves out what is held_out.
+    """
+    characters = LETTERS if kind == "letter" else string.digits
+    parts = []
+    for number, (weight, slant) in enumerate(tqdm(COMBINATIONS, desc="rendering captioned glyphs")):
+        chosen = [c for c in characters if complete or not held_out(c, weight, slant)]
+        style = replace(CAPTIONED_STYLE, weight=WEIGHTS[weight], shear=SLANTS[slant])
+        images, labels = render(chosen, style, (count + number) // 9, (seed, number))
+        labels = np.array([characters.index(c) for c in chosen])[labels]
+        parts.append((images, labels, [caption(kind, characters[k], weight, slant) for k in labels]))
+    images, labels, captions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.random.default_rng(seed).permutation(count)
+    return images[order], labels[order], captions[order]

@@ -1,4 +1,4 @@
-"""Latent diffusion: noise schedule, training loss, DDIM sampling, class embedder, checkpoints.
+"""Latent diffusion: noise schedule, training loss, DDIM sampling, embedders of classes and captions, checkpoints.
 
 Symbols as in Ho et al. 2020 and Song et al. 2021: alphas_cumprod[t] is the signal power left at step t,
     z_t = sqrt(alphas_cumprod[t]) z_0 + sqrt(1 - alphas_cumprod[t]) eps,   eps ~ N(0, I),
@@ -6,7 +6,7 @@ and the network predicts eps from z_t. Latents are scaled to unit variance by `l
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from data import atomic_write
-from unet import UNet
+from unet import CrossAttention, FeedForward, UNet
 from vae import AutoencoderKL, AutoencoderVQ, DiagonalGaussian
 
 
@@ -54,6 +54,86 @@ class ClassEmbedder(nn.Module):
         self.scale.fill_(scale)
 
 
+PADDING = 256   # the token after a caption's last byte
+
+
+def tokenise(captions: list[str], length: int) -> torch.Tensor:
+    """UTF-8 bytes of each caption, cut off or padded to `length`: int [N, length]. ValueError if one is no text."""
+    tokens = torch.full((len(captions), length), PADDING)
+    for i, caption in enumerate(captions):
+        try:
+            content = caption.encode()[:length]
+        except UnicodeEncodeError as error:   # half a surrogate pair, or bytes of a command line
+            raise ValueError(f"caption number {i + 1} is not valid UTF-8 text") from error
+        tokens[i, :len(content)] = torch.tensor(list(content), dtype=torch.long)
+    return tokens
+
+
+def check_prompts(prompts: Iterable[str], length: int) -> None:
+    """ValueError naming the first prompt that a model of captions of `length` bytes would not see as it is."""
+    for prompt in prompts:
+        try:
+            size = len(prompt.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {prompt!a} is not UTF-8") from error
+        if not prompt.strip() or size > length:
+            raise ValueError(f"the prompt {prompt!r} has {size} bytes: give from 1 to {length}, and not only blanks")
+
+
+class TextBlock(nn.Module):
+    """Self-attention and feed-forward, each with a pre-norm and a residual connection: [B, L, dim] -> the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        heads = max(1, dim // 32)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.ff = CrossAttention(dim, dim, heads, dim // heads), FeedForward(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.ff(self.norm2(x))
+
+
+class TextEmbedder(nn.Module):
+    """Captions int [B, L] as of `tokenise` -> context [B, L, dim], by a transformer (Rombach et al. 2022, section 3.3).
+
+    As in LDM's BERTEmbedder, padding is a token like others, that attention does not skip. The null condition is the
+    empty caption: nothing but padding.
+    """
+    null_class = PADDING
+
+    def __init__(self, dim: int, length: int, layers: int):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(PADDING + 1, dim), nn.Embedding(length, dim)
+        self.blocks = nn.Sequential(*(TextBlock(dim) for _ in range(layers)))
+        self.norm = nn.LayerNorm(dim)
+        self.register_buffer("scale", torch.tensor(1.0))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
+        return self.norm(self.blocks(self.scale * self.tokens(tokens) + self.positions(places)))
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        """The same for the table of tokens as ClassEmbedder.rescale for classes; the transformer's units stay.
+
+        Layer normalisation makes the gradients of its layers depend little on the scale of what goes in.
+        """
+        self.tokens.weight.mul_(self.scale / scale)
+        self.scale.fill_(scale)
+
+    @torch.no_grad()
+    def start_unseen(self, captions: list[str], lookalikes: dict[str, str]) -> None:
+        """Characters in no public caption start as those that look like them, {character: character}, if one has them.
+
+        Only public captions and public knowledge enter here.
+        """
+        seen = set("".join(captions))
+        for character, alike in lookalikes.items():
+            if character not in seen and alike in seen:
+                self.tokens.weight[ord(character)] = self.tokens.weight[ord(alike)]
+
+
 class NoEmbedder(nn.Module):
     """In the embedder's place where the U-Net is unconditional: labels make no difference, there is no context."""
     null_class = 0
@@ -69,10 +149,11 @@ class LatentDiffusion(nn.Module):
     """The whole model: `vae`, `unet`, `embedder`, the noise schedule and the latent scale.
 
     `architecture` (plain numbers, stored in checkpoints) has the keys vae and unet (the arguments of
-    AutoencoderKL, or with n_embed AutoencoderVQ, and UNet), num_classes, linear_start and linear_end.
+    AutoencoderKL, or with n_embed AutoencoderVQ, and UNet), num_classes, linear_start and linear_end. A model of
+    captions has also text (length and layers of TextEmbedder), and num_classes says nothing.
     """
 
-    bf16 = False   # compute the U-Net in bfloat16 (weights and gradients stay float32)
+    bf16 = False   # compute U-Net and embedder in bfloat16 (weights and gradients stay float32)
 
     def __init__(self, architecture: dict):
         super().__init__()
@@ -80,10 +161,21 @@ class LatentDiffusion(nn.Module):
         self.vae = (AutoencoderVQ if "n_embed" in architecture["vae"] else AutoencoderKL)(**architecture["vae"])
         self.unet = UNet(**architecture["unet"])
         context_dim = architecture["unet"]["context_dim"]
-        self.embedder = NoEmbedder() if context_dim is None else ClassEmbedder(architecture["num_classes"], context_dim)
+        if context_dim is None:
+            self.embedder = NoEmbedder()
+        elif "text" in architecture:
+            self.embedder = TextEmbedder(context_dim, **architecture["text"])
+        else:
+            self.embedder = ClassEmbedder(architecture["num_classes"], context_dim)
         alphas_cumprod = make_alphas_cumprod(architecture["linear_start"], architecture["linear_end"])
         self.register_buffer("alphas_cumprod", alphas_cumprod.float())
         self.register_buffer("latent_scale", torch.tensor(1.0))
+
+    def conditions(self, names: list[str]) -> torch.Tensor:
+        """For the model, what its classes are called (all of them, in order), int [N], or captions, int [N, L]."""
+        if isinstance(self.embedder, TextEmbedder):
+            return tokenise(names, self.architecture["text"]["length"])
+        return torch.arange(len(names))
 
     def latents(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Posterior moments [B, 2C, h, w] of the autoencoder -> sampled scaled latents [B, C, h, w]."""
@@ -92,12 +184,14 @@ class LatentDiffusion(nn.Module):
     def forward(self, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Each example's loss mean((eps_hat(z_t, t, condition) - eps)^2) [B] (Ho et al. 2020, eq. 14).
 
-        z_0 and eps [B, C, h, w], t int [B], condition labels int [B]. No state, no randomness:
+        z_0 and eps [B, C, h, w], t int [B], condition: labels int [B] or captions int [B, L]. No state, no randomness:
         torch.func.functional_call(model, parameters, (z_0, t, eps, condition)) is the pure function
         that per-example gradients need.
         """
         z_t = q_sample(self.alphas_cumprod, z_0, t, eps)
-        eps_hat = self.predict_eps(z_t, t, self.embedder(condition))
+        with torch.autocast(z_0.device.type, torch.bfloat16, enabled=self.bf16):
+            context = self.embedder(condition)
+        eps_hat = self.predict_eps(z_t, t, context)
         return (eps_hat - eps).square().flatten(1).mean(dim=1)
 
     def predict_eps(self, z_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -108,9 +202,9 @@ class LatentDiffusion(nn.Module):
     @torch.inference_mode()
     def generate(self, labels: torch.Tensor, steps: int, eta: float = 0.0, guidance: float = 1.0,
                  generator: torch.Generator | None = None, order: int = 1) -> torch.Tensor:
-        """Images uint8 [B, H, W, channels] of the classes `labels` int [B], by `ddim_sample`.
+        """Images uint8 [B, H, W, channels] of the classes `labels` int [B], or captions int [B, L], by `ddim_sample`.
 
-        guidance w moves the prediction from the null class towards the class (Ho and Salimans 2022):
+        guidance w moves the prediction from the null class (or caption) towards the wanted one (Ho and Salimans 2022):
         eps_null + w (eps_class - eps_null); 1 is none and costs one network evaluation a step, not two. An
         unconditional model has nothing to move away from: guidance is 1.
         """
@@ -138,10 +232,10 @@ def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Ten
                 label_dropout: float, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
     """K random draws for each of B examples: z_0, t, eps and condition, each [B, K, ...].
 
-    `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B]. The draws of different examples are
-    independent, so that one more example in a batch leaves the others' gradients as they were. In the private
-    stage rng must be a secret one: the draws go by place in the batch, so that for whoever knew them one
-    example more would shift those of all that follow it.
+    `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B] or, of captions, [B, L]. The draws of
+    different examples are independent, so that one more example in a batch leaves the others' gradients as they
+    were. In the private stage rng must be a secret one: the draws go by place in the batch, so that for whoever
+    knew them one example more would shift those of all that follow it.
     """
     B, T, device = len(moments), len(model.alphas_cumprod), moments.device
     shape = (B * K, moments.shape[1] // 2, *moments.shape[2:])
@@ -152,7 +246,8 @@ def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Ten
     z_0 = model.latents(moments.repeat_interleave(K, dim=0), normal())
     t = torch.from_numpy(rng.integers(T, size=B * K)).to(device)
     dropped = torch.from_numpy(rng.random(B * K) < label_dropout).to(device)
-    condition = labels.repeat_interleave(K).masked_fill(dropped, model.embedder.null_class)
+    condition = labels.repeat_interleave(K, dim=0)
+    condition = condition.masked_fill(dropped.view(-1, *[1] * (labels.dim() - 1)), model.embedder.null_class)
     return tuple(x.reshape(B, K, *x.shape[1:]) for x in (z_0, t, normal(), condition))
 
 
@@ -228,11 +323,12 @@ def replace_embedder(model: LatentDiffusion, init_from: list[int] | None, num_cl
     """A copy of `model` for other classes: new class k starts as public class init_from[k].
 
     Without `init_from` every class starts as the mean of the public ones. The null class is kept.
-    Only public weights and public knowledge (the names of the classes) enter here.
+    Only public weights and public knowledge (the names of the classes) enter here. Models without classes keep what
+    they have: captions are all made of the same bytes.
     """
     new = copy.deepcopy(model)
     new.architecture = {**model.architecture, "num_classes": num_classes}
-    if isinstance(model.embedder, NoEmbedder):
+    if not isinstance(model.embedder, ClassEmbedder):
         return new
     old = model.embedder.scale * model.embedder.embedding.weight.detach()
     rows = old[init_from] if init_from is not None else old[:-1].mean(0).expand(num_classes, -1)

@@ -2,6 +2,7 @@
 
     python sample.py runs/glyphs/private-eps1.pt --grid digits.png
     python sample.py runs/glyphs/private-eps1.pt --npz digits.npz --count 10000
+    python sample.py runs/glyphs-text/private-eps10.pt --prompt "a thin digit 7 leaning right" --grid sevens.png
     python sample.py PUBLIC.pt EPS10.pt EPS1.pt --real digits --grid figure.png --caption-from results.json
 
 The last line puts samples side by side; the caption has the accuracies that `evaluate.py --json results.json` found.
@@ -22,12 +23,15 @@ from tqdm import tqdm
 import data
 from config import Parser, find_device, one_line_errors
 from dp_sgd import spent_epsilon
-from ldm import LatentDiffusion, check_sampling, load_checkpoint
+from ldm import LatentDiffusion, TextEmbedder, check_prompts, check_sampling, load_checkpoint
 
 
 def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, order: int, guidance: float,
            seed: int, batch: int = 500) -> np.ndarray:
-    """Images uint8 [N, H, W, C] of the classes `labels` int [N]; the same for the same seed and machine."""
+    """Images uint8 [N, H, W, C] of the classes `labels` int [N], or captions int [N, L].
+
+    They are the same for the same seed and machine.
+    """
     device = model.latent_scale.device
     generator = torch.Generator().manual_seed(seed)
     images = []
@@ -83,12 +87,37 @@ def caption(origins: list[dict], results: Path | None) -> str:
     return f"{text}{head} {'; '.join(parts)} (mean of {report['seeds']})."
 
 
+def names_of(model: LatentDiffusion, facts: dict, prompts: list[str]) -> list[str]:
+    """What there are samples of: the prompts, or without captions all classes. ValueError for the wrong prompts."""
+    if not isinstance(model.embedder, TextEmbedder):
+        if prompts:
+            raise ValueError("this model was trained on classes, not on captions: leave out --prompt")
+        return facts["classes"]
+    if not prompts:
+        raise ValueError("this model was trained on captions: say what to sample by --prompt TEXT")
+    check_prompts(prompts, model.architecture["text"]["length"])
+    return prompts
+
+
 def grid_panel(model: LatentDiffusion, names: list[str], source: dict,
                args: argparse.Namespace) -> tuple[str, np.ndarray, list[str]]:
     """Title, samples [rows, columns, H, W, C] and row names of one checkpoint, for data.save_grid."""
-    labels = np.repeat(np.arange(len(names)), args.columns)
+    labels = np.repeat(model.conditions(names).numpy(), args.columns, axis=0)
     images = sample(model.to(args.device), labels, args.steps, args.eta, args.order, args.guidance, args.seed)
     return title(source), images.reshape(len(names), args.columns, *images.shape[1:]), names
+
+
+def write_npz(args: argparse.Namespace) -> None:
+    """Write --npz: --count samples of the one checkpoint, evenly of all its classes or of the prompts."""
+    model, facts = load_checkpoint(args.checkpoints[0])
+    names = names_of(model, facts, args.prompt)
+    labels = uniform_labels(args.count, len(names))
+    conditions = model.conditions(names).numpy()[labels]
+    images = sample(model.to(args.device), conditions, args.steps, args.eta, args.order, args.guidance, args.seed)
+    source = dict(origin(args.checkpoints[0], facts), steps=args.steps, order=args.order, eta=args.eta,
+                  guidance=args.guidance, seed=args.seed, **({"prompts": names} if args.prompt else {}))
+    data.save_arrays(args.npz, images=images, labels=labels, origin=np.array(json.dumps(source)))
+    print(f"wrote {args.count:,} images to {args.npz}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,6 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint files of train.py")
     parser.add_argument("--grid", type=Path, help="write this PNG: samples by class, the checkpoints side by side")
     parser.add_argument("--npz", type=Path, help="write this .npz: images uint8 [n, H, W, C], labels int64 [n]")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                        help="for a model of captions: what to sample; several give one row each, and the .npz all in "
+                        "turn, labelled by their number")
     parser.add_argument("--count", type=int, default=10_000, help="images in the .npz (default 10000)")
     parser.add_argument("--real", help="first panel of the grid: real test images (letters, digits, mnist, ...)")
     parser.add_argument("--caption-from", type=Path, metavar="FILE",
@@ -121,23 +153,20 @@ def main(argv: list[str] | None = None) -> None:
 
     args.device = find_device(args.device)
     if args.npz:
-        model, facts = load_checkpoint(args.checkpoints[0])
-        labels = uniform_labels(args.count, len(facts["classes"]))
-        images = sample(model.to(args.device), labels, args.steps, args.eta, args.order, args.guidance, args.seed)
-        source = dict(origin(args.checkpoints[0], facts), steps=args.steps, order=args.order, eta=args.eta,
-                      guidance=args.guidance, seed=args.seed)
-        data.save_arrays(args.npz, images=images, labels=labels, origin=np.array(json.dumps(source)))
-        print(f"wrote {args.count:,} images to {args.npz}")
+        write_npz(args)
     if args.grid:
         loaded = [load_checkpoint(path) for path in args.checkpoints]
+        names = [names_of(model, facts, args.prompt) for model, facts in loaded]
         origins = [origin(path, facts) for path, (_, facts) in zip(args.checkpoints, loaded, strict=True)]
         text, panels = caption(origins, args.caption_from), []
         if args.real:
             vae = loaded[0][1]["architecture"]["vae"]
             real = data.load(args.real, "test", args.data_dir, vae["resolution"], vae["in_channels"])
-            panels.append(("real", *data.rows_by_class(real, args.columns)))
-        panels += [grid_panel(model, facts["classes"][:10], source, args)
-                   for (model, facts), source in zip(loaded, origins, strict=True)]
+            rows = data.rows_by_caption(real, args.prompt, args.columns) if args.prompt else data.rows_by_class(
+                real, args.columns)
+            panels.append(("real", *rows))
+        panels += [grid_panel(model, shown if args.prompt else shown[:10], source, args)
+                   for (model, _), shown, source in zip(loaded, names, origins, strict=True)]
         data.save_grid(args.grid, panels, text)
         print(f"wrote {args.grid}")
 

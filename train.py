@@ -131,9 +131,12 @@ def run_public(config: Config, target: Path) -> None:
         model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
     if dist.is_initialized():   # each process drew its own latents for that
         dist.broadcast(model.latent_scale, 0)
-    train_diffusion(model, moments, torch.from_numpy(dataset.labels).to(device), config)
+    train_diffusion(model, moments, config.conditions(dataset).to(device), config)
+    if config.has_captions:
+        model.embedder.start_unseen(dataset.captions, data.LOOKALIKES)
     save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
-    save_samples(model, dataset.classes, config, target, title="public only")
+    names = list(dict.fromkeys(dataset.captions))[:10] if config.has_captions else dataset.classes
+    save_samples(model, names, config, target, title="public only")
     if dist.is_initialized():
         dist.barrier()   # for a private stage that reads what the first process has just written
 
@@ -185,7 +188,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
 
     loss = model if config.engine == "ghost" else example_loss
     chunk = int(config.chunk) if config.chunk != "auto" else dp_sgd.largest_chunk(
-        loss, parameters, made_up_example(model, moments, config.noise_draws), most=plan.expected_batch)
+        loss, parameters, made_up_example(model, moments, labels, config.noise_draws), most=plan.expected_batch)
     progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
     with stop_after_step() as stop:
         for step in progress:
@@ -210,10 +213,11 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     model.load_state_dict(ema.shadow, strict=False)
 
 
-def made_up_example(model: LatentDiffusion, moments: torch.Tensor, K: int) -> tuple[torch.Tensor, ...]:
+def made_up_example(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor,
+                    K: int) -> tuple[torch.Tensor, ...]:
     """Draws, as of noise_draws, of an example that has only the shape in common with the private ones."""
-    no_label = torch.zeros(1, dtype=torch.long, device=moments.device)
-    return noise_draws(model, torch.zeros_like(moments[:1]), no_label, K, 0.0, np.random.default_rng())
+    example = torch.zeros_like(moments[:1]), torch.zeros_like(labels[:1])
+    return noise_draws(model, *example, K, 0.0, np.random.default_rng())
 
 
 def anywhere(asked: bool) -> bool:
@@ -231,7 +235,7 @@ def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
     """Where the interrupted run in `path` stands. ValueError if these flags would change its course."""
     model, facts = load_checkpoint(path)
     free = ("resume", "overwrite", "data_dir", "device", "engine", "chunk", "save_every", "show_private_loss",
-            "sample_steps", "eta", "order", "guidance")
+            "prompts", "sample_steps", "eta", "order", "guidance")
     for name, value in dataclasses.asdict(config).items():
         if name not in free and facts["config"].get(name) != value:
             flag, planned = "--" + name.replace("_", "-"), facts["config"].get(name)
@@ -283,7 +287,7 @@ def run_private(config: Config, public: Path, target: Path) -> None:
         interrupted_run(config, unfinished, N) if resumes else new_run(config, public, N, dataset.classes))
     epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
     model.to(config.torch_device)
-    names = private_parameter_names(model, config.attention_blocks, parts=config.train)
+    names = private_parameter_names(model, config.attention_blocks, config.context_tokens, config.train)
     if config.engine == "ghost":
         dp_sgd.ghost_layers(model, names)   # complains now rather than after the announcement
     announce(model, names, plan, epsilon, earlier, config, public_config["public_data"])
@@ -297,8 +301,7 @@ def run_private(config: Config, public: Path, target: Path) -> None:
         save_private(unfinished, model, **facts_after(state["steps"]), training=state)
 
     moments = encode_all(model.vae, dataset.images, config.torch_device)
-    train_private(model, moments, torch.from_numpy(dataset.labels).to(config.torch_device), names, plan, config,
-                  state, keep)
+    train_private(model, moments, config.conditions(dataset).to(config.torch_device), names, plan, config, state, keep)
     save_private(target, model, **facts_after(plan.steps))
     if rank_and_world()[0] == 0:   # the one that has written `target`
         for leftover in (unfinished, dp_sgd.privacy_json(unfinished)):
@@ -306,7 +309,9 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     epsilons = dp_sgd.all_epsilons(facts_after(plan.steps)["ledger"], plan.delta)
     spent = ", ".join(f"{epsilon:.4f} ({rule.upper()})" for rule, epsilon in epsilons.items())
     print(f"spent epsilon = {spent} at delta = {plan.delta:g}: see {dp_sgd.privacy_json(target)}")
-    save_samples(model, dataset.classes, config, target, title=f"eps = {config.eps:g}")
+    # The private captions are as private as the images: no grid shows them.
+    save_samples(model, list(config.prompts) if config.has_captions else dataset.classes, config, target,
+                 title=f"eps = {config.eps:g}")
 
 
 def save_private(path: Path, model: LatentDiffusion, ledger: list[dict], plan: dict, **facts) -> None:
@@ -336,15 +341,18 @@ def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilo
 
 # ---- command line ----------------------------------------------------------------------------------
 
-def save_samples(model: LatentDiffusion, classes: list[str], config: Config, target: Path, title: str) -> None:
-    """Write, beside the checkpoint `target`, a PNG with samples of up to ten classes."""
+def save_samples(model: LatentDiffusion, names: list[str], config: Config, target: Path, title: str) -> None:
+    """Write, beside the checkpoint `target`, a PNG with samples of up to ten classes or captions."""
+    if not names:
+        print(f"wrote {target}; python sample.py {target} --prompt TEXT --grid FILE shows samples")
+        return
     model.eval()
-    rows, columns = min(10, len(classes)), 10
-    labels = torch.arange(rows, device=config.torch_device).repeat_interleave(columns)
+    rows, columns = min(10, len(names)), 10
+    labels = model.conditions(names)[:rows].repeat_interleave(columns, dim=0).to(config.torch_device)
     generator = torch.Generator().manual_seed(config.seed)
     images = model.generate(labels, config.sample_steps, config.eta, config.guidance, generator, config.order)
     picture = target.with_suffix(".png")
-    data.save_grid(picture, [(title, images.cpu().numpy().reshape(rows, columns, *images.shape[1:]), classes[:rows])])
+    data.save_grid(picture, [(title, images.cpu().numpy().reshape(rows, columns, *images.shape[1:]), names[:rows])])
     print(f"wrote {target} and {picture}")
 
 
