@@ -111,7 +111,7 @@ def test_epsilon_is_recomputed_and_not_read(public, tmp_path, monkeypatch):
     content["ledger"][0]["noise_multiplier"] *= 2
     torch.save(content, tmp_path / "quieter.pt")
     panels = []
-    monkeypatch.setattr(sample.data, "save_grid", lambda path, p: panels.extend(p))
+    monkeypatch.setattr(sample.data, "save_grid", lambda path, p, caption="": panels.extend(p))
     sample.main([str(tmp_path / "private-eps3.pt"), str(tmp_path / "quieter.pt"), "--grid", "x.png", "--steps", "1"])
     shown = [float(title.removeprefix("eps = ")) for title, *_ in panels]
     assert shown[0] == 3 and shown[1] == pytest.approx(accountant.epsilon(
