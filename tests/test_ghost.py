@@ -1,6 +1,5 @@
 """The ghost engine gives the clipped sum of the torch.func engine, which tests/test_dp_sgd.py checks by hand."""
 
-import dataclasses
 import math
 
 import pytest
@@ -206,4 +205,4 @@ def test_the_private_run_refuses_such_a_layer_before_it_trains(tmp_path, capsys,
 
 
 def test_the_default_engine_is_the_one_that_was_tested():
-    assert train.Config.engine == "ghost" and dataclasses.replace(TINY, engine="ghost").engine != TINY.engine
+    assert train.Config.engine == "ghost"
