@@ -28,7 +28,8 @@ def option(default, text: str):
 class Config:
     """Everything that a run depends on. Each field is a flag of the same name; presets set some of them."""
     stage: str = option("private", "public or private")
-    preset: str = option("glyphs", "data and sizes: glyphs, glyphs-text, mnist, or a model of the paper (see PRESETS)")
+    preset: str = option("glyphs", "data and sizes: glyphs, glyphs-text, scenes256, mnist, or a model of the paper "
+                         "(see PRESETS)")
     describe: bool = option(False, "print the model's parameters and the memory of a private step, and stop")
     data_dir: str = option("data", "folder of the named data sets' folders, or of MNIST's files")
     public_data: str = option("letters", "public images: letters, digits, a data set's name, or a path (see data.py)")
@@ -54,6 +55,8 @@ class Config:
     codebook: int = option(0, "codes of a VQ autoencoder, whose weights --init brings; 0: KL autoencoder")
     vae_steps: int = option(6_000, "optimiser steps of the autoencoder")
     vae_batch: int = option(16, "images per autoencoder step")
+    vae_crop: int = option(0, "train the autoencoder on random squares of this size, which costs less per image; 0: on "
+                           "whole images")
     vae_lr: float = option(8e-3, "the autoencoder's learning rate")
     kl_weight: float = option(2e-3, "weight of the KL term per latent number")
     # diffusion model
@@ -148,7 +151,7 @@ class Config:
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
                 may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta", "codebook", "num_head_channels",
-                                         "context_dim", "text_layers")
+                                         "context_dim", "text_layers", "vae_crop")
                 if not isinstance(number, bool | str) and f.name != "insecure_noise_seed" and not (
                         number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
@@ -173,6 +176,9 @@ class Config:
         smallest = 2 ** (len(self.vae_mult) + len(self.unet_mult) - 2)
         if self.image_size % smallest:
             raise ValueError(f"--image-size must be a multiple of {smallest}: autoencoder and U-Net halve it that far")
+        if self.vae_crop > self.image_size or self.vae_crop % 2 ** (len(self.vae_mult) - 1):
+            raise ValueError(f"--vae-crop must be a multiple of {2 ** (len(self.vae_mult) - 1)}, as the autoencoder "
+                             f"halves it that far, and at most --image-size, not {self.vae_crop}")
         heads = self.num_head_channels or self.num_heads
         if self.unet_channels % 2 or any(self.unet_channels * mult % heads for mult in self.unet_mult):
             raise ValueError("--unet-channels must be even, and times each of --unet-mult a multiple of --num-heads "
@@ -215,6 +221,12 @@ PRESETS = {
                         context_dim=48, public_steps=1_800, epochs=4.0, prompts=(
                             "a thin digit 7 leaning right", "a bold digit 2 leaning left", "a medium digit 4 upright",
                             "a bold digit 5 upright", "a thin digit 0 leaning left")),
+    # 256x256 in minutes, so narrow: a feature map of 8 channels costs as much there as one of 512 at 32x32.
+    "scenes256": dict(public_data="scenes", private_data="scenes-private", image_size=256, channels=3,
+                      vae_mult=(1, 2, 3, 6), latent_channels=4, vae_steps=1_500, vae_batch=2, vae_crop=128,
+                      vae_lr=1.5e-3, kl_weight=2e-4, unet_channels=24, unet_mult=(1, 2, 4),
+                      attention_resolutions=(4,), public_steps=1_000, public_batch=16,
+                      eps=10.0, expected_batch=250, epochs=4.0, chunk="25"),
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=12.0),
     "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),
                         vae_attention=(32, 16, 8), unet_channels=64, unet_mult=(1, 2), res_blocks=1,

@@ -8,6 +8,8 @@
     digits      rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
     captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
+    scenes      letters and shapes on textured backgrounds, 256x256, public (1,500 train, 140 test), with captions
+    scenes-private  digits, other shapes and other colours, embedded "private" data     (2,000 train, 140 test)
     a name      mnist, fashion-mnist, emnist-letters, svhn, cifar10, cifar100, celeba (or celeba:Smiling, ...),
                 celebahq, imagenet32 or imagenet64: the publisher's files in DATA_DIR/NAME
     a path      an .npz of images and labels; a folder or a zip of images in class sub-folders, or with captions in a
@@ -28,12 +30,14 @@ from PIL import Image, ImageDraw, ImageFont
 import download
 import folders
 import formats
+import scenes
 from formats import Dataset, read_arrays
 from glyphs import LETTERS, STYLES, render, render_captioned
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
 # The letter that each digit 0-9 looks most like: a public starting point for the digits' embeddings.
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
+SHAPES_ALIKE = {"hexagon": "circle", "heart": "triangle", "cross": "square", "star": "diamond"}   # scenes' shapes
 GLYPHS = ("letters", "digits", "captioned-letters", "captioned-digits")
 GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
 
@@ -53,6 +57,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
         dataset = load_glyphs(source, split)
     elif source in GLYPHS:
         dataset = load_captioned_glyphs(source, split)
+    elif source in scenes.KINDS:
+        dataset = load_scenes(source, split)
     elif source == "mnist":
         if not folder.is_dir() and Path(data_dir).name not in download.NAMES:
             folder = Path(data_dir)   # MNIST's files may lie in it directly
@@ -78,8 +84,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     elif Path(source).exists():
         return folders.load_folder(Path(source), split, image_size, channels)
     else:
-        raise ValueError(f"unknown data {source!r}: give {', '.join((*GLYPHS, *download.NAMES))}, or an .npz, "
-                         "folder or zip that exists")
+        names = ", ".join([*GLYPHS, *scenes.KINDS, *download.NAMES])
+        raise ValueError(f"unknown data {source!r}: give {names}, or an .npz, folder or zip that exists")
     if source in GREY_28:
         border = (image_size if 28 <= image_size <= 32 else 32) - 28
         before, after = border // 2, border - border // 2
@@ -90,14 +96,16 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
 
 def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
     """For every private class the public one it starts from: its namesake or lookalike; None if one has none."""
-    alike = {c: (c, LOOKALIKES.get(c, ""), LOOKALIKES.get(c, "").upper()) for c in private}   # some have no small ones
+    known = {**LOOKALIKES, **SHAPES_ALIKE}
+    alike = {c: (c, known.get(c, ""), known.get(c, "").upper()) for c in private}   # some sets have no small letters
     names = [next((n for n in alike[c] if n in public), None) for c in private]
     return None if None in names else [public.index(n) for n in names]
 
 
 # ---- rendered glyphs -------------------------------------------------------------------------------
 
-COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000}}
+COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000},
+          "scenes": {"train": 1_500, "test": 140}, "scenes-private": {"train": 2_000, "test": 140}}
 
 
 def load_glyphs(source: str, split: str) -> Dataset:
@@ -124,6 +132,18 @@ def load_captioned_glyphs(source: str, split: str) -> Dataset:
         images, labels, captions = render_captioned(kind.removesuffix("s"), COUNTS[kind][split], seed, complete)
         save_arrays(path, images=images, labels=labels, captions=captions)
     return Dataset(images[..., None], labels, list(LETTERS if kind == "letters" else string.digits), captions.tolist())
+
+
+def load_scenes(source: str, split: str) -> Dataset:
+    """Rendered scenes with captions; kept in CACHE after the first time, 19 kB each."""
+    kind, path = scenes.KINDS[source], CACHE / f"{source}-{split}-v1.npz"
+    if not path.exists():
+        seed = 2 * list(scenes.KINDS).index(source) + (split == "test")   # no two of the four share a background
+        names = "images", "labels", "colours", "textures"
+        save_arrays(path, **dict(zip(names, scenes.render(kind, COUNTS[source][split], seed))))
+    images, labels, colours, textures = read_arrays(path, ("images", "labels", "colours", "textures"))
+    captions = [kind.caption(*numbers) for numbers in zip(labels, colours, textures, strict=True)]
+    return Dataset(images, labels, kind.classes, captions)
 
 
 # ---- files -----------------------------------------------------------------------------------------

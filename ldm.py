@@ -15,7 +15,7 @@ from torch import nn
 
 from data import atomic_write
 from unet import CrossAttention, FeedForward, UNet
-from vae import AutoencoderKL, AutoencoderVQ, DiagonalGaussian
+from vae import AutoencoderKL, AutoencoderVQ, DiagonalGaussian, images_at_once
 
 
 def make_alphas_cumprod(linear_start: float, linear_end: float, timesteps: int = 1000) -> torch.Tensor:
@@ -224,7 +224,8 @@ class LatentDiffusion(nn.Module):
             return eps_null + guidance * (eps_hat - eps_null)
 
         z_0 = ddim_sample(guided_eps, self.alphas_cumprod, noise(), steps, eta, noise, order)
-        images = self.vae.decode(z_0 / self.latent_scale)
+        parts = (z_0 / self.latent_scale).split(images_at_once(self.architecture["vae"]["resolution"]))
+        images = torch.cat([self.vae.decode(part) for part in parts])
         return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 

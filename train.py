@@ -38,7 +38,7 @@ from dp_sgd import (
 from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint, with_lora
 from official import load_official
 from unet import private_parameter_names
-from vae import AutoencoderKL
+from vae import AutoencoderKL, images_at_once
 
 # ---- public stage ----------------------------------------------------------------------------------
 
@@ -56,11 +56,15 @@ def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
     """Train `vae` in place on public images, uint8 [N, H, W, C]."""
     # A run this short needs a second moment that forgets faster than Adam's usual 0.999 does.
     optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr, betas=(0.9, 0.99), fused=True)
-    device = config.torch_device
+    device, size = config.torch_device, config.vae_crop or images.shape[1]
     progress = trange(config.vae_steps, desc="autoencoder")
     for step in progress:
         chosen = torch.randint(len(images), (share(config.vae_batch),)).numpy()
-        loss = vae.loss(to_pixels(images[chosen], device), config.kl_weight)
+        corners = torch.zeros(2, len(chosen), dtype=torch.long)
+        if config.vae_crop:
+            corners = torch.randint(images.shape[1] - size + 1, corners.shape)
+        squares = [images[k, y:y + size, x:x + size] for k, y, x in zip(chosen, *corners.tolist(), strict=True)]
+        loss = vae.loss(to_pixels(np.stack(squares), device), config.kl_weight)
         optimizer.param_groups[0]["lr"] = config.vae_lr * lr_at(step, config.vae_steps)
         optimizer.zero_grad()
         loss.backward()
@@ -73,8 +77,9 @@ def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images, device: torch.device) -> torch.Tensor:
     """Posterior moments [N, 2C, h, w] of all images, kept in memory for the whole training."""
-    starts = trange(0, len(images), 250, desc="encoding images", disable=len(images) < 2_000)
-    return torch.cat([vae.encode(to_pixels(images[i:i + 250], device)) for i in starts])
+    batch = images_at_once(images.shape[1])
+    starts = trange(0, len(images), batch, desc="encoding images", disable=len(images) < 8 * batch)
+    return torch.cat([vae.encode(to_pixels(images[i:i + batch], device)) for i in starts])
 
 
 def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, config: Config) -> None:

@@ -77,6 +77,14 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def images_at_once(image_size: int) -> int:
+    """How many images to encode or decode together: their widest feature maps hold as many numbers at every size.
+
+    A map of VQ-f4 has 128 channels of 256x256: 33 MB per image.
+    """
+    return max(1, 250 * 32**2 // image_size**2)
+
+
 def middle(channels: int) -> nn.Module:
     mid = nn.Module()
     mid.block_1 = ResnetBlock(channels, channels)

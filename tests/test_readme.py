@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 CORE = ("accountant.py audit.py config.py data.py download.py dp_sgd.py evaluate.py folders.py formats.py glyphs.py "
-        "ldm.py official.py pld.py sample.py train.py unet.py vae.py").split()
+        "ldm.py official.py pld.py sample.py scenes.py train.py unet.py vae.py").split()
 
 
 def definitions(tree: ast.AST, prefix: str = "") -> set[str]:

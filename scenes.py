@@ -1,0 +1,122 @@
+"""Rendered 256x256 pictures in colour: a letter, digit or shape on a textured background. No file is needed.
+
+"scenes" shows letters and shapes in six colours on light and dark backgrounds, "scenes-private" digits, other shapes
+and other colours on dark ones. Captions name colour, object and texture: "a red letter A on a striped background".
+"""
+
+import string
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from tqdm import tqdm
+
+from glyphs import signed_distance
+
+SIZE = 256
+TEXTURES = ("striped", "checked", "dotted", "cloudy")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the pictures of one source show; colours are RGB from 0 to 1."""
+    shapes: tuple[str, ...]
+    characters: str
+    word: str                           # what captions call a character
+    colours: dict[str, tuple[float, float, float]]
+    brightness: tuple[float, float]     # range of the background's
+
+    @property
+    def classes(self) -> list[str]:
+        return [*self.shapes, *self.characters]
+
+    def caption(self, label: int, colour: int, texture: int) -> str:
+        thing = self.classes[label] if label < len(self.shapes) else f"{self.word} {self.classes[label]}"
+        name = list(self.colours)[colour]
+        return f"{'an' if name[0] in 'aeiou' else 'a'} {name} {thing} on a {TEXTURES[texture]} background"
+
+
+KINDS = {
+    "scenes": Kind(("circle", "triangle", "square", "diamond"), "ABEOSTZblq", "letter",
+                   {"red": (0.90, 0.10, 0.10), "green": (0.10, 0.70, 0.15), "blue": (0.10, 0.20, 0.95),
+                    "yellow": (0.95, 0.90, 0.10), "cyan": (0.10, 0.90, 0.95), "magenta": (0.95, 0.10, 0.90)},
+                   (0.2, 0.8)),
+    "scenes-private": Kind(("hexagon", "heart", "cross", "star"), string.digits, "digit",
+                           {"orange": (1.00, 0.55, 0.05), "purple": (0.55, 0.10, 0.85),
+                            "teal": (0.05, 0.60, 0.55), "pink": (1.00, 0.40, 0.65)}, (0.2, 0.35)),
+}
+
+
+def outline(shape: str) -> np.ndarray:
+    """Corners (x, y) [n, 2] of a shape about the origin, y pointing down, at most 1 away."""
+    def star(n: int, inner: float = 1.0, turn: float = 0.0) -> np.ndarray:   # n corners, every second one moved inwards
+        angles = 2 * np.pi * (np.arange(n) / n + turn)
+        radii = np.where(np.arange(n) % 2, inner, 1.0)[:, None]
+        return radii * np.stack([np.sin(angles), -np.cos(angles)], 1)
+
+    if shape == "heart":
+        t = np.linspace(0, 2 * np.pi, 80)
+        y = 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t) - 13 * np.cos(t)
+        return np.stack([16 * np.sin(t)**3, y], 1) / 17
+    if shape == "cross":
+        quarter = np.array([(-0.3, -0.9), (0.3, -0.9), (0.3, -0.3)])
+        return np.concatenate([quarter, quarter[:, ::-1] * [-1, 1], -quarter, quarter[:, ::-1] * [1, -1]])
+    return {"circle": star(80), "triangle": star(3), "square": star(4, turn=0.125), "diamond": star(4, 0.6),
+            "hexagon": star(6), "star": star(10, 0.4)}[shape]
+
+
+def distance_map(thing: str) -> np.ndarray:
+    """Distance to the outline of a character or a shape, positive inside, in pixels of a 256x256 canvas."""
+    if len(thing) == 1:
+        return signed_distance(thing, 128)
+    canvas = Image.new("L", (256, 256))
+    ImageDraw.Draw(canvas).polygon([(x, y) for x, y in 127.5 + 55 * outline(thing)], fill=1)
+    inside = np.asarray(canvas).astype(bool)
+    return ndimage.distance_transform_edt(inside) - ndimage.distance_transform_edt(~inside)
+
+
+def texture(name: str, rng: np.random.Generator) -> np.ndarray:
+    """A random background of that name, float32 [SIZE, SIZE] from 0 to 1."""
+    angle, period, phase = rng.uniform(0, np.pi), rng.uniform(40, 72), rng.uniform(0, 2 * np.pi, 2)
+    y, x = (np.arange(SIZE, dtype=np.float32) * np.float32(2 * np.pi / period) for _ in range(2))
+    y, x = y[:, None], x[None, :]
+    along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y + np.float32(phase[0])
+    if name == "cloudy":
+        blobs = Image.fromarray(rng.standard_normal((8, 8), np.float32)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        return np.clip(0.5 + 0.3 * np.asarray(blobs), 0, 1)
+    if name == "striped":
+        wave = np.sin(along)
+    else:
+        across = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x + np.float32(phase[1])
+        wave = np.sin(along) * np.sin(across) if name == "checked" else np.sin(along) + np.sin(across) - 0.9
+    return np.clip(0.5 + 3 * wave, 0, 1)
+
+
+def render(kind: Kind, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images uint8 [count, 256, 256, 3], and their labels, colours and textures, int64 [count] as `caption` takes them.
+
+    What is painted is the distance map of the object, turned, moved and scaled; where it is positive there is paint.
+    """
+    rng = np.random.default_rng(seed)
+    maps = [distance_map(thing) for thing in kind.classes]
+    extents = [np.ptp(np.argwhere(m > 0), axis=0).max() + 1 for m in maps]
+    labels = np.arange(count) % len(maps)
+    rng.shuffle(labels)
+    colours, textures = rng.integers(len(kind.colours), size=count), rng.integers(len(TEXTURES), size=count)
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    for i in tqdm(range(count), desc="rendering scenes", unit_scale=True, disable=count < 500):
+        scale = extents[labels[i]] / rng.uniform(125, 175)   # map pixels per image pixel
+        angle = rng.uniform(-0.2, 0.2)
+        turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        centre = (SIZE - 1) / 2 + rng.uniform(-20, 20, 2)
+        depth = ndimage.affine_transform(maps[labels[i]], turn, 127.5 - turn @ centre, (SIZE, SIZE), np.float32,
+                                         order=1, mode="nearest") / np.float32(scale)
+        bolder = np.float32(rng.uniform(2, 6))               # image pixels, on either side of a stroke
+        ink = np.clip(0.5 + (depth + bolder) / 2, 0, 1)[..., None]
+        light = rng.uniform(*kind.brightness) + rng.uniform(0.06, 0.12) * np.array([[-1], [1]])
+        dark_tone, light_tone = (light + rng.uniform(-0.04, 0.04, (2, 3))).astype(np.float32)
+        paint = np.array(list(kind.colours.values())[colours[i]]) + rng.uniform(-0.05, 0.05, 3)
+        ground = dark_tone + texture(TEXTURES[textures[i]], rng)[..., None] * (light_tone - dark_tone)
+        images[i] = (ground + ink * (paint.clip(0, 1).astype(np.float32) - ground)) * 255
+    return images, labels, colours, textures
