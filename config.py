@@ -227,7 +227,7 @@ PRESETS = {
                       vae_lr=1.5e-3, kl_weight=2e-4, unet_channels=24, unet_mult=(1, 2, 4),
                       attention_resolutions=(4,), public_steps=1_000, public_batch=16,
                       eps=10.0, expected_batch=250, epochs=4.0, chunk="25"),
-    "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=12.0),
+    "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=24.0, private_lr=4e-3),
     "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),
                         vae_attention=(32, 16, 8), unet_channels=64, unet_mult=(1, 2), res_blocks=1,
                         attention_resolutions=(1, 2), num_heads=4, context_dim=5, linear_end=0.0155,
