@@ -12,6 +12,7 @@ ledger beside them, and can be stopped (Ctrl-C) and taken up again (--resume).
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -371,6 +372,8 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()   # gloo for tensors on a CPU, nccl on GPUs
     with ExitStack() as stack:
+        # Last of all, time for gloo's threads to end: where they share a core, an exit before that aborts the process.
+        stack.callback(time.sleep, 0.5)
         stack.callback(dist.destroy_process_group)
         if dist.get_rank() > 0:
             silence = stack.enter_context(open(os.devnull, "w"))

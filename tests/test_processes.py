@@ -40,7 +40,7 @@ def public(tmp_path_factory) -> Path:
 
 
 STEP = """
-import sys, numpy as np, torch, torch.distributed as dist
+import sys, time, numpy as np, torch, torch.distributed as dist
 import dp_sgd
 dist.init_process_group("gloo")
 batch = (torch.from_numpy(np.load(sys.argv[1])),)
@@ -52,6 +52,7 @@ for sigma in (0.0, 0.7):
     np.save(f"{sys.argv[2]}-{dist.get_rank()}-{sigma}.npy", np.stack([g.numpy() for g in gradient.values()]))
 dist.barrier()
 dist.destroy_process_group()
+time.sleep(0.5)   # see train.process_group
 """
 
 
