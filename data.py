@@ -19,7 +19,7 @@
 import io
 import os
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -108,40 +108,41 @@ COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_00
           "scenes": {"train": 1_500, "test": 140}, "scenes-private": {"train": 2_000, "test": 140}}
 
 
+def cached(name: str, arrays: tuple[str, ...], make: Callable) -> Sequence[np.ndarray]:
+    """The named arrays of an .npz in CACHE, which `make()` returns; it is called and they are kept the first time."""
+    path = CACHE / f"{name}.npz"
+    if path.exists():
+        return read_arrays(path, arrays)
+    made = make()   # not read back: of several processes only the first one has written it
+    save_arrays(path, **dict(zip(arrays, made, strict=True)))
+    return made
+
+
 def load_glyphs(source: str, split: str) -> Dataset:
     """Rendered letters or digits, the same wherever Pillow and SciPy are; kept in CACHE after the first time."""
-    characters = LETTERS if source == "letters" else string.digits
-    count = COUNTS[source][split]
-    path = CACHE / f"{source}-{split}-v3.npz"
-    if path.exists():
-        images, labels = read_arrays(path)
-    else:
-        seed = {"train": 0, "test": 1}[split]
-        images, labels = render(characters, STYLES[source], count, seed)
-        save_arrays(path, images=images, labels=labels)
+    characters, seed = LETTERS if source == "letters" else string.digits, {"train": 0, "test": 1}[split]
+    images, labels = cached(f"{source}-{split}-v3", ("images", "labels"),
+                            lambda: render(characters, STYLES[source], COUNTS[source][split], seed))
     return Dataset(images[..., None], labels, list(characters))
 
 
 def load_captioned_glyphs(source: str, split: str) -> Dataset:
     """The same for captioned-letters and captioned-digits; held_out combinations are in the test digits only."""
-    kind, path = source.removeprefix("captioned-"), CACHE / f"{source}-{split}-v1.npz"
-    if path.exists():
-        images, labels, captions = read_arrays(path, ("images", "labels", "captions"))
-    else:
-        seed, complete = {"train": 0, "test": 1}[split], kind == "letters" or split == "test"
-        images, labels, captions = render_captioned(kind.removesuffix("s"), COUNTS[kind][split], seed, complete)
-        save_arrays(path, images=images, labels=labels, captions=captions)
+    kind, seed = source.removeprefix("captioned-"), {"train": 0, "test": 1}[split]
+    complete = kind == "letters" or split == "test"
+    images, labels, captions = cached(
+        f"{source}-{split}-v1", ("images", "labels", "captions"),
+        lambda: render_captioned(kind.removesuffix("s"), COUNTS[kind][split], seed, complete))
     return Dataset(images[..., None], labels, list(LETTERS if kind == "letters" else string.digits), captions.tolist())
 
 
 def load_scenes(source: str, split: str) -> Dataset:
     """Rendered scenes with captions; kept in CACHE after the first time, 19 kB each."""
-    kind, path = scenes.KINDS[source], CACHE / f"{source}-{split}-v1.npz"
-    if not path.exists():
-        seed = 2 * list(scenes.KINDS).index(source) + (split == "test")   # no two of the four share a background
-        names = "images", "labels", "colours", "textures"
-        save_arrays(path, **dict(zip(names, scenes.render(kind, COUNTS[source][split], seed))))
-    images, labels, colours, textures = read_arrays(path, ("images", "labels", "colours", "textures"))
+    kind = scenes.KINDS[source]
+    seed = 2 * list(scenes.KINDS).index(source) + (split == "test")   # no two of the four share a background
+    images, labels, colours, textures = cached(
+        f"{source}-{split}-v1", ("images", "labels", "colours", "textures"),
+        lambda: scenes.render(kind, COUNTS[source][split], seed))
     captions = [kind.caption(*numbers) for numbers in zip(labels, colours, textures, strict=True)]
     return Dataset(images, labels, kind.classes, captions)
 

@@ -259,13 +259,9 @@ def real_statistics(source: str, images: np.ndarray, network: nn.Module,
     """
     content = hashlib.sha256(f"{INCEPTION_SHA256} {images.shape}".encode())
     content.update(np.ascontiguousarray(images))
-    path = data.CACHE / f"inception-{Path(source).stem}-train-{images.shape[1]}-{content.hexdigest()[:16]}.npz"
-    if path.exists():
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["mean"], arrays["covariance"]
-    mean, covariance = mean_and_covariance(inception_features(network, images, device))
-    data.save_arrays(path, mean=mean, covariance=covariance)
-    return mean, covariance
+    name = f"inception-{Path(source).stem}-train-{images.shape[1]}-{content.hexdigest()[:16]}"
+    return data.cached(name, ("mean", "covariance"),
+                       lambda: mean_and_covariance(inception_features(network, images, device)))
 
 
 def train_judge(real: data.Dataset, device: torch.device, steps: int = 1_500) -> nn.Module:

@@ -59,6 +59,16 @@ def texture_seen(image: np.ndarray) -> str:
     return "dotted" if level[ground].mean() < 0.35 else "checked"
 
 
+def test_a_process_that_may_not_write_has_its_scenes_all_the_same(tmp_path, monkeypatch):
+    """The second one of torchrun, while the first one is still rendering: nothing is in the cache."""
+    expected = data.load("scenes", "test", image_size=256, channels=3)
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    found = data.load("scenes", "test", image_size=256, channels=3)
+    assert np.array_equal(found.images, expected.images) and found.captions == expected.captions
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the pictures ----------------------------------------------------------------------------------
 
 def test_scenes_follow_the_seed(rendered):
