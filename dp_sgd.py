@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import resource
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -197,27 +198,28 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
     return total
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: of the GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def largest_chunk(loss_fn: Callable, parameters: Tensors, example: tuple[torch.Tensor, ...], most: int) -> int:
     """The largest power of two of examples, below 2 * most, for whose gradients half of the memory is enough.
 
     `example`, tensors [1, ...], is repeated to find out; only its shapes matter, so it can be made up.
     """
     device = example[0].device
-
-    def peak_memory() -> int:
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # torchrun's processes on this machine share it
-    before, chunk = peak_memory(), 1
+    before, chunk = peak_memory(device), 1
     while True:
         clipped_gradient_sum(loss_fn, parameters, tuple(x.expand(chunk, *x.shape[1:]) for x in example), 1.0, chunk)
-        if chunk >= most or 2 * (peak_memory() - before) > memory / 2:   # twice the chunk takes twice as much
+        if chunk >= most or 2 * (peak_memory(device) - before) > memory / 2:   # twice the chunk takes twice as much
             return chunk
         chunk *= 2
 

@@ -14,7 +14,6 @@ The Opacus rows need `pip install opacus`. The models are those of the presets, 
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from torch.func import functional_call  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from config import PRESETS, Config  # noqa: E402
-from dp_sgd import clipped_gradient_sum  # noqa: E402
+from dp_sgd import clipped_gradient_sum, peak_memory  # noqa: E402
 from ldm import ClassEmbedder, make_alphas_cumprod, q_sample  # noqa: E402
 from unet import UNet, private_parameter_names  # noqa: E402
 
@@ -111,12 +110,6 @@ def make_step(engine: str, model: Model, names: list[str], batch: tuple, chunk: 
     return step
 
 
-def memory(device: str) -> int:
-    """Peak bytes so far."""
-    return (torch.cuda.max_memory_allocated() if device == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
 def measure(engine: str, name: str, device: str, seconds: float, batch: int | None = None, width: int | None = None,
             K: int = 1, count: bool = False) -> dict:
     """{rate: examples/s, bytes}: the fastest step of at least three within `seconds`, after a warm-up.
@@ -133,7 +126,8 @@ def measure(engine: str, name: str, device: str, seconds: float, batch: int | No
     shape = (B, K, arguments["in_channels"], size, size)
     batch = (torch.randn(shape, device=device), torch.randint(1000, (B, K), device=device),
              torch.randn(shape, device=device), torch.randint(10, (B, K), device=device))
-    step, before, times = make_step(engine.removesuffix("-bf16"), model, names, batch, chunk), memory(device), []
+    step = make_step(engine.removesuffix("-bf16"), model, names, batch, chunk)
+    before, times = peak_memory(batch[0].device), []
     start = time.perf_counter()
     while len(times) < 4 or time.perf_counter() - start < seconds:
         begin = time.perf_counter()
@@ -141,7 +135,7 @@ def measure(engine: str, name: str, device: str, seconds: float, batch: int | No
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    result = dict(rate=B / min(times[1:]), bytes=memory(device) - before)
+    result = dict(rate=B / min(times[1:]), bytes=peak_memory(batch[0].device) - before)
     if not count:
         return result
     with FlopCounterMode(display=False) as counter:

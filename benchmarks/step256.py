@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
-from dp_step import memory  # noqa: E402
 from torch import nn  # noqa: E402
 
 import dp_sgd  # noqa: E402
@@ -71,7 +70,8 @@ def measure(preset: str, chunk: int, examples: int) -> dict:
     train_private(model, moments, torch.zeros(examples, dtype=torch.long),
                   private_parameter_names(model, config.attention_blocks, config.context_tokens), plan, config,
                   keep=lambda state: starts.append(time.process_time()))
-    return dict(example=sums[1] / examples, rest=time.process_time() - starts[1] - sums[1], bytes=memory("cpu"))
+    return dict(example=sums[1] / examples, rest=time.process_time() - starts[1] - sums[1],
+                bytes=dp_sgd.peak_memory(moments.device))
 
 
 def estimate(preset: str, chunk: int) -> float:
