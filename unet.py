@@ -322,7 +322,8 @@ def private_parameter_names(model: nn.Module, blocks: str = "all", context_token
         modules = modules[len(modules) - int(number):]
     elif kind == "from":
         modules = modules[int(number):]
+    chosen = tuple(f"{module}." for module in modules)
     without_effect = ("attn2.to_q.", "attn2.to_k.", ".norm2.") if context_tokens == 1 else ()
     return [name for name, _ in model.named_parameters()
-            if name.startswith("embedder.") or name.startswith(tuple(f"{module}." for module in modules))
-            and (".lora." in name or parts != "lora") and not any(part in name for part in without_effect)]
+            if name.startswith("embedder.") or name.startswith(chosen) and (".lora." in name or parts != "lora")
+            and not any(part in name for part in without_effect)]
