@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/parts"))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--eps", type=float, nargs="+", default=[10.0, 1.0])
-    parser.add_argument("flags", nargs="*", help="more flags of train.py, after --")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: more flags of train.py")
     args = parser.parse_args()
     for run in range(args.runs):
         for eps in args.eps:
