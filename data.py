@@ -6,6 +6,7 @@
 `load(source, split)` returns a Dataset of uint8 images [N, H, W, C] with labels [N], where source is
     letters     rendered letters A-Z a-z, the public data           (40,000 train, 5,000 test)
     digits      rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
+    pen-letters rendered letters as written with a pen, thin to thick, public (60,000 train, 5,000 test)
     captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
     scenes      letters and shapes on textured backgrounds, 256x256, public (1,500 train, 140 test), with captions
@@ -32,13 +33,13 @@ import folders
 import formats
 import scenes
 from formats import Dataset, read_arrays
-from glyphs import LETTERS, STYLES, render, render_captioned
+from glyphs import LETTERS, PEN, STYLES, render, render_captioned, render_pen
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
 # The letter that each digit 0-9 looks most like: a public starting point for the digits' embeddings.
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
 SHAPES_ALIKE = {"hexagon": "circle", "heart": "triangle", "cross": "square", "star": "diamond"}   # scenes' shapes
-GLYPHS = ("letters", "digits", "captioned-letters", "captioned-digits")
+GLYPHS = ("letters", "digits", "pen-letters", "captioned-letters", "captioned-digits")
 GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
 
 
@@ -55,6 +56,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     folder = download.folder_of(name, data_dir)
     if source in ("letters", "digits"):
         dataset = load_glyphs(source, split)
+    elif source == "pen-letters":
+        dataset = load_pen_letters(split)
     elif source in GLYPHS:
         dataset = load_captioned_glyphs(source, split)
     elif source in scenes.KINDS:
@@ -105,6 +108,7 @@ def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
 # ---- rendered glyphs -------------------------------------------------------------------------------
 
 COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000},
+          "pen-letters": {"train": 60_000, "test": 5_000},
           "scenes": {"train": 1_500, "test": 140}, "scenes-private": {"train": 2_000, "test": 140}}
 
 
@@ -124,6 +128,14 @@ def load_glyphs(source: str, split: str) -> Dataset:
     images, labels = cached(f"{source}-{split}-v3", ("images", "labels"),
                             lambda: render(characters, STYLES[source], COUNTS[source][split], seed))
     return Dataset(images[..., None], labels, list(characters))
+
+
+def load_pen_letters(split: str) -> Dataset:
+    """Letters as written with a pen; kept in CACHE after the first time."""
+    count, seed = COUNTS["pen-letters"][split], {"train": 0, "test": 1}[split]
+    images, labels = cached(f"pen-letters-{split}-v1", ("images", "labels"),
+                            lambda: render_pen(LETTERS, PEN, count, seed))
+    return Dataset(images[..., None], labels, list(LETTERS))
 
 
 def load_captioned_glyphs(source: str, split: str) -> Dataset:
