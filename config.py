@@ -86,6 +86,8 @@ class Config:
     expected_batch: int = option(1_024, "expected examples per logical step (Poisson sampling)")
     max_grad_norm: float = option(0.1, "clipping norm C of one example's gradient")
     noise_draws: int = option(1, "K: diffusion noise draws averaged in one example's gradient")
+    private_timesteps: tuple[int, ...] = option((0, 1_000), "LOW HIGH: of ten noise draws of the private stage, nine "
+                                                "are of time steps in this range, one of any")
     private_lr: float = option(2e-3, "learning rate of the private stage")
     embedder_scale: float = option(30.0, "the table of classes or bytes is trained in units of 1/this, which "
                                    "multiplies its gradient")
@@ -151,7 +153,7 @@ class Config:
             value = getattr(self, f.name)
             for number in value if isinstance(value, tuple) else (value,):
                 may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta", "codebook", "num_head_channels",
-                                         "context_dim", "text_layers", "vae_crop")
+                                         "context_dim", "text_layers", "vae_crop", "private_timesteps")
                 if not isinstance(number, bool | str) and f.name != "insecure_noise_seed" and not (
                         number > 0 or may_be_zero and number == 0):
                     raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
@@ -163,6 +165,8 @@ class Config:
             raise ValueError("--bf16 needs --engine ghost: torch.func does not take it")
         if not re.fullmatch(r"auto|[1-9][0-9]*", self.chunk):
             raise ValueError(f"--chunk must be a positive number or auto, not {self.chunk!r}")
+        if len(self.private_timesteps) != 2 or not self.private_timesteps[0] < self.private_timesteps[1] <= 1_000:
+            raise ValueError("--private-timesteps must be two numbers LOW < HIGH from 0 to 1000")
         if not self.label_dropout < 1:
             raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout:g}")
         if self.stage == "private" and self.public_data == self.private_data:

@@ -229,9 +229,12 @@ class LatentDiffusion(nn.Module):
         return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
-def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, K: int,
-                label_dropout: float, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, K: int, label_dropout: float,
+                rng: np.random.Generator, favoured: tuple[int, int] | None = None) -> tuple[torch.Tensor, ...]:
     """K random draws for each of B examples: z_0, t, eps and condition, each [B, K, ...].
+
+    Time steps are uniform; with `favoured` (low, high) nine of ten are from low to high - 1, after Ghalebikesabi et al.
+    2023, section 3 (arXiv 2302.13861): steps that are almost free of noise, or nothing but noise, teach little.
 
     `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B] or, of captions, [B, L]. The draws of
     different examples are independent, so that one more example in a batch leaves the others' gradients as they
@@ -245,7 +248,10 @@ def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Ten
         return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
 
     z_0 = model.latents(moments.repeat_interleave(K, dim=0), normal())
-    t = torch.from_numpy(rng.integers(T, size=B * K)).to(device)
+    t = rng.integers(T, size=B * K)
+    if favoured:
+        t = np.where(rng.random(B * K) < 0.9, rng.integers(*favoured, size=B * K), t)
+    t = torch.from_numpy(t).to(device)
     dropped = torch.from_numpy(rng.random(B * K) < label_dropout).to(device)
     condition = labels.repeat_interleave(K, dim=0)
     condition = condition.masked_fill(dropped.view(-1, *[1] * (labels.dim() - 1)), model.embedder.null_class)

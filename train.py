@@ -206,7 +206,8 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
                 raise KeyboardInterrupt(f"stopped after {step} of {plan.steps} steps: the same command with --resume "
                                         "goes on from here")
             chosen = poisson_sample(plan, rng).to(moments.device)
-            batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng)
+            batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng,
+                                config.private_timesteps)
             gradient = noisy_gradient(loss, parameters, batch, plan, chunk, rng)
             for name, p in parameters.items():
                 p.grad = gradient[name]

@@ -216,6 +216,30 @@ def test_examples_and_draws_share_no_randomness():
     assert len(t.unique()) > 6   # of 1,000 time steps
 
 
+@pytest.mark.parametrize("favoured, share", [((200, 300), 0.91), ((0, 1_000), 0.1), (None, 0.1)])
+def test_nine_of_ten_time_steps_are_in_the_favoured_range(favoured, share):
+    moments, labels = tiny_data(1)
+    t = train.noise_draws(tiny_model(), moments, labels, 20_000, 0.1, np.random.default_rng(0), favoured)[1]
+    assert ((t >= 200) & (t < 300)).float().mean() == pytest.approx(share, abs=0.01)
+    assert len(t.unique()) == 1_000 or favoured == (200, 300)
+    assert t.min() < 10 and t.max() >= 990   # the others are of any time step
+
+
+def test_the_private_stage_draws_the_time_steps_it_is_told(monkeypatch):
+    seen, draws = [], train.noise_draws
+
+    def watch(*arguments):
+        seen.append(draws(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(train, "noise_draws", watch)
+    config = dataclasses.replace(TINY, private_timesteps=(500, 501), noise_draws=4)
+    model, plan = tiny_model(), make_plan(5, 5, 4, 1.0, 3.0, 1e-5)
+    train.train_private(model, *tiny_data(5), train.private_parameter_names(model), plan, config)
+    t = torch.cat([batch[1].flatten() for batch in seen])
+    assert (t == 500).float().mean() > 0.6
+
+
 # ---- clipping -------------------------------------------------------------------------------------------
 
 def test_a_huge_gradient_contributes_exactly_C():

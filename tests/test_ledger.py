@@ -179,7 +179,7 @@ def test_a_resumed_run_equals_an_unbroken_one(public, tmp_path, monkeypatch):
     """Without noise and with every example in every batch, what is left of randomness is made a constant."""
     monkeypatch.setattr(train, "poisson_sample", lambda plan, rng: torch.arange(plan.num_examples))
     draws = train.noise_draws
-    monkeypatch.setattr(train, "noise_draws", lambda *a: draws(*a[:-1], np.random.default_rng(0)))
+    monkeypatch.setattr(train, "noise_draws", lambda *a: draws(*a[:5], np.random.default_rng(0), *a[6:]))
     plan = train.make_plan
     monkeypatch.setattr(train, "make_plan", lambda *a: dataclasses.replace(plan(*a), noise_multiplier=1e6))
     sums = dp_sgd.noisy_gradient
