@@ -9,8 +9,8 @@
     pen-letters rendered letters as written with a pen, thin to thick, public (60,000 train, 5,000 test)
     captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
-    scenes      letters and shapes on textured backgrounds, 256x256, public (1,500 train, 140 test), with captions
-    scenes-private  digits, other shapes and other colours, embedded "private" data     (2,000 train, 140 test)
+    scenes      letters and shapes on textured backgrounds, 256x256, public (4,000 train, 140 test), with captions
+    scenes-private  digits, other shapes and other colours, embedded "private" data     (4,000 train, 140 test)
     a name      mnist, fashion-mnist, emnist-letters, svhn, cifar10, cifar100, celeba (or celeba:Smiling, ...),
                 celebahq, imagenet32 or imagenet64: the publisher's files in DATA_DIR/NAME
     a path      an .npz of images and labels; a folder or a zip of images in class sub-folders, or with captions in a
@@ -109,7 +109,7 @@ def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
 
 COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000},
           "pen-letters": {"train": 60_000, "test": 5_000},
-          "scenes": {"train": 1_500, "test": 140}, "scenes-private": {"train": 2_000, "test": 140}}
+          "scenes": {"train": 4_000, "test": 140}, "scenes-private": {"train": 4_000, "test": 140}}
 
 
 def cached(name: str, arrays: tuple[str, ...], make: Callable) -> Sequence[np.ndarray]:
@@ -153,7 +153,7 @@ def load_scenes(source: str, split: str) -> Dataset:
     kind = scenes.KINDS[source]
     seed = 2 * list(scenes.KINDS).index(source) + (split == "test")   # no two of the four share a background
     images, labels, colours, textures = cached(
-        f"{source}-{split}-v1", ("images", "labels", "colours", "textures"),
+        f"{source}-{split}-v2", ("images", "labels", "colours", "textures"),
         lambda: scenes.render(kind, COUNTS[source][split], seed))
     captions = [kind.caption(*numbers) for numbers in zip(labels, colours, textures, strict=True)]
     return Dataset(images, labels, kind.classes, captions)
