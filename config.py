@@ -28,8 +28,8 @@ def option(default, text: str):
 class Config:
     """Everything that a run depends on. Each field is a flag of the same name; presets set some of them."""
     stage: str = option("private", "public or private")
-    preset: str = option("glyphs", "data and sizes: glyphs, glyphs-text, scenes256, mnist, or a model of the paper "
-                         "(see PRESETS)")
+    preset: str = option("glyphs", "data and sizes: glyphs, glyphs-text, scenes256, mnist, cifar10-small, or a "
+                         "model of the paper (see PRESETS)")
     describe: bool = option(False, "print the model's parameters and the memory of a private step, and stop")
     data_dir: str = option("data", "folder of the named data sets' folders, or of MNIST's files")
     public_data: str = option("letters", "public images: letters, digits, a data set's name, or a path (see data.py)")
@@ -232,6 +232,11 @@ PRESETS = {
                       attention_resolutions=(4,), public_steps=1_000, public_batch=16,
                       eps=10.0, expected_batch=250, epochs=4.0, chunk="25"),
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=24.0, private_lr=4e-3),
+    # The data of the paper's cifar10, sizes for two CPU cores, and public images that need no download.
+    "cifar10-small": dict(public_data="leaves", private_data="cifar10", channels=3, vae_channels=16, vae_mult=(1, 2, 4),
+                          latent_channels=4, vae_steps=6_000, vae_lr=2e-3, kl_weight=2e-4, unet_channels=48,
+                          unet_mult=(1, 2), attention_resolutions=(1, 2), public_steps=6_000, public_batch=64,
+                          eps=10.0, expected_batch=1_000, epochs=25.0),
     "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),
                         vae_attention=(32, 16, 8), unet_channels=64, unet_mult=(1, 2), res_blocks=1,
                         attention_resolutions=(1, 2), num_heads=4, context_dim=5, linear_end=0.0155,

@@ -11,6 +11,7 @@
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
     scenes      letters and shapes on textured backgrounds, 256x256, public (4,000 train, 140 test), with captions
     scenes-private  digits, other shapes and other colours, embedded "private" data     (4,000 train, 140 test)
+    leaves      coloured dead leaves, 32x32, public: for private photographs  (40,000 train, 1,000 test)
     a name      mnist, fashion-mnist, emnist-letters, svhn, cifar10, cifar100, celeba (or celeba:Smiling, ...),
                 celebahq, imagenet32 or imagenet64: the publisher's files in DATA_DIR/NAME
     a path      an .npz of images and labels; a folder or a zip of images in class sub-folders, or with captions in a
@@ -62,6 +63,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
         dataset = load_captioned_glyphs(source, split)
     elif source in scenes.KINDS:
         dataset = load_scenes(source, split)
+    elif source == "leaves":
+        dataset = load_leaves(split)
     elif source == "mnist":
         if not folder.is_dir() and Path(data_dir).name not in download.NAMES:
             folder = Path(data_dir)   # MNIST's files may lie in it directly
@@ -87,7 +90,7 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     elif Path(source).exists():
         return folders.load_folder(Path(source), split, image_size, channels)
     else:
-        names = ", ".join([*GLYPHS, *scenes.KINDS, *download.NAMES])
+        names = ", ".join([*GLYPHS, *scenes.KINDS, "leaves", *download.NAMES])
         raise ValueError(f"unknown data {source!r}: give {names}, or an .npz, folder or zip that exists")
     if source in GREY_28:
         border = (image_size if 28 <= image_size <= 32 else 32) - 28
@@ -109,7 +112,8 @@ def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
 
 COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000},
           "pen-letters": {"train": 60_000, "test": 5_000},
-          "scenes": {"train": 4_000, "test": 140}, "scenes-private": {"train": 4_000, "test": 140}}
+          "scenes": {"train": 4_000, "test": 140}, "scenes-private": {"train": 4_000, "test": 140},
+          "leaves": {"train": 40_000, "test": 1_000}}
 
 
 def cached(name: str, arrays: tuple[str, ...], make: Callable) -> Sequence[np.ndarray]:
@@ -157,6 +161,13 @@ def load_scenes(source: str, split: str) -> Dataset:
         lambda: scenes.render(kind, COUNTS[source][split], seed))
     captions = [kind.caption(*numbers) for numbers in zip(labels, colours, textures, strict=True)]
     return Dataset(images, labels, kind.classes, captions)
+
+
+def load_leaves(split: str) -> Dataset:
+    """Rendered dead leaves; kept in CACHE after the first time (a minute), 2 kB each."""
+    images, labels = cached(f"leaves-{split}-v1", ("images", "labels"),
+                            lambda: scenes.render_leaves(COUNTS["leaves"][split], {"train": 4, "test": 5}[split]))
+    return Dataset(images, labels, scenes.LEAVES)
 
 
 # ---- files -----------------------------------------------------------------------------------------

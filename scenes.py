@@ -1,14 +1,16 @@
-"""Rendered 256x256 pictures in colour: a letter, digit or shape on a textured background. No file is needed.
+"""Rendered pictures in colour, 256x256: a letter, digit or shape on a textured background. No file is needed.
 
 "scenes" shows letters and shapes in six colours on light and dark backgrounds, "scenes-private" digits, other shapes
 and other colours on dark ones. Captions name colour, object and texture: "a red letter A on a striped background".
+
+"leaves", at the end, are 32x32: dead leaves, which have the statistics of photographs.
 """
 
 import string
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -120,3 +122,93 @@ def render(kind: Kind, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, n
         ground = dark_tone + texture(TEXTURES[textures[i]], rng)[..., None] * (light_tone - dark_tone)
         images[i] = (ground + ink * (paint.clip(0, 1).astype(np.float32) - ground)) * 255
     return images, labels, colours, textures
+
+
+# ---- dead leaves -----------------------------------------------------------------------------------
+
+SHAPES = ("circle", "triangle", "square", "diamond", "hexagon", "heart", "cross", "star")
+GROUNDS = {"warm": (-0.15, 0.30), "cold": (0.30, 0.85)}   # hues in turns: red is 0, green 1/3, blue 2/3
+LEAVES = [f"{shape} on {ground}" for ground in GROUNDS for shape in SHAPES]
+CANVAS = 64   # drawn at twice the size, then halved, which smooths the edges
+
+
+def clouds(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Coloured noise, float32 [count, CANVAS, CANVAS, 3]: amplitude 1/f^a, periodic, mean 0, deviation 1."""
+    fy, fx = np.fft.fftfreq(CANVAS)[:, None], np.fft.rfftfreq(CANVAS)
+    f = np.hypot(fy, fx)
+    f[0, 0] = np.inf
+    white = rng.standard_normal((count, CANVAS, CANVAS, 4))
+    spectrum = np.fft.rfft2(white, axes=(1, 2)) / f[..., None] ** rng.uniform(0.6, 1.8, (count, 1, 1, 1))
+    noise = np.fft.irfft2(spectrum, axes=(1, 2))
+    noise = noise[..., :1] + rng.exponential(0.3, (count, 1, 1, 1)) * noise[..., 1:]   # grey more than coloured
+    return (noise / noise.std((1, 2, 3), keepdims=True)).astype(np.float32)
+
+
+def paints(hues: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random colours of these hues [n], RGB [n, 3] from 0 to 1: pale more often than not, light as often as dark."""
+    saturation, value = rng.beta(1.2, 2.6, (len(hues), 1)), rng.uniform(0.08, 1, (len(hues), 1))
+    k = (6 * hues[:, None] + np.array([5, 3, 1])) % 6
+    return value - value * saturation * np.minimum(k, 4 - k).clip(0, 1)
+
+
+def corners_of(shape: np.ndarray, radius: float, centre: np.ndarray, turn: float,
+               rng: np.random.Generator) -> list[float]:
+    """A shape turned by up to `turn` (radians) either way, stretched and put on the canvas: x, y, x, y, ..."""
+    angle, stretch = rng.uniform(-turn, turn), rng.uniform(0.6, 1)
+    wide = [radius, radius * stretch] if rng.random() < 0.7 else [radius * stretch, radius]
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return (shape * wide @ rotation + centre).ravel().tolist()
+
+
+def dead_leaves(count: int, hue: float, shapes: list[np.ndarray], bank: np.ndarray,
+                rng: np.random.Generator) -> np.ndarray:
+    """`count` shapes falling on each other, most of about one hue, float32 [CANVAS, CANVAS, 3] around 0 to 1.
+
+    Radii have the density r^-3, which makes occluding shapes look alike at all scales, as photographs do (Lee,
+    Mumford and Huang 2001). Each leaf has a colour with a gradient, and clouds or stripes of its own on it.
+    """
+    canvas = Image.new("L", (CANVAS, CANVAS))
+    draw = ImageDraw.Draw(canvas)
+    radii = 3 / np.sqrt(1 - rng.random(count) * (1 - (3 / 32) ** 2))   # from 3 to 32
+    for k, radius in enumerate(radii, 1):
+        shape = shapes[rng.integers(len(shapes))]
+        draw.polygon(corners_of(shape, radius, rng.uniform(0, CANVAS, 2), np.pi, rng), fill=k)
+    leaf = np.asarray(canvas)                                           # number of the leaf on top, 0: the ground
+    n = count + 1
+    hues = np.where(rng.random(n) < 0.8, hue + rng.normal(0, 0.06, n), rng.random(n))
+    hues[0] = hue
+    y, x = np.indices(leaf.shape)
+    shift, (slope_y, slope_x) = rng.integers(CANVAS, size=(2, n)), rng.normal(0, 0.2 / CANVAS, (2, n))
+    grain = bank[rng.integers(len(bank), size=n)[leaf], (y + shift[0][leaf]) % CANVAS, (x + shift[1][leaf]) % CANVAS]
+    wave_y, wave_x = rng.normal(0, 0.5, (2, n))
+    stripes = np.sin(wave_y[leaf] * y + wave_x[leaf] * x) * np.where(rng.random(n) < 0.2, 0.12, 0)[leaf]
+    shade = slope_y[leaf] * (y - CANVAS / 2) + slope_x[leaf] * (x - CANVAS / 2) + stripes
+    return paints(hues, rng)[leaf] + shade[..., None] + rng.exponential(0.07, n)[leaf][..., None] * grain
+
+
+def render_leaves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [count, 32, 32, 3] and labels int64 [count], numbers of LEAVES.
+
+    Dead leaves (Ruderman 1997), a known stand-in for photographs in pre-training (Baradad et al. 2021): a large shape
+    filled with some, before others that are more or less out of focus. The label names that shape and the ground's
+    hue, so that what the class decides is form as well as colour.
+    """
+    rng = np.random.default_rng(seed)
+    bank, shapes = clouds(256, rng), [outline(shape) for shape in SHAPES]
+    labels = np.arange(count) % len(LEAVES)
+    rng.shuffle(labels)
+    images = np.empty((count, CANVAS // 2, CANVAS // 2, 3), np.uint8)
+    for i in tqdm(range(count), desc="rendering leaves", unit_scale=True, disable=count < 2_000):
+        ground, shape = divmod(labels[i], len(SHAPES))
+        hue = rng.uniform(*list(GROUNDS.values())[ground])
+        behind = dead_leaves(int(60 * rng.random() ** 2), hue, shapes, bank, rng)
+        before = dead_leaves(int(15 * rng.random() ** 2), rng.random(), shapes, bank, rng)
+        mask = Image.new("L", (CANVAS, CANVAS))
+        centre = CANVAS / 2 + rng.normal(0, 5, 2)
+        ImageDraw.Draw(mask).polygon(corners_of(shapes[shape], rng.uniform(14, 30), centre, 0.4, rng), fill=255)
+        behind, before = (Image.fromarray((255 * layer.clip(0, 1)).astype(np.uint8)) for layer in (behind, before))
+        behind = behind.filter(ImageFilter.GaussianBlur(rng.exponential(1.2)))
+        soft = ImageFilter.GaussianBlur(rng.exponential(0.6))
+        behind.paste(before.filter(soft), mask=mask.filter(soft))
+        images[i] = np.asarray(behind.reduce(2))
+    return images, labels

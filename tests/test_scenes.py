@@ -1,4 +1,9 @@
-"""Rendered scenes: what captions say is drawn; what is private is not public; the preset runs; memory at 256x256."""
+"""Rendered scenes: what captions say is drawn; what is private is not public; the presets run; memory at 256x256.
+
+Dead leaves: their statistics are those of photographs, and classes name form and colour.
+"""
+
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ from test_cli import TINY
 import data
 import scenes
 import train
-from config import PRESETS, Config
+from config import PRESETS, Config, count
 from ldm import LatentDiffusion, load_checkpoint
 
 PAINTS = {name: np.array(rgb) for kind in scenes.KINDS.values() for name, rgb in kind.colours.items()}
@@ -18,10 +23,10 @@ PAINTS = {name: np.array(rgb) for kind in scenes.KINDS.values() for name, rgb in
 
 @pytest.fixture(scope="module", autouse=True)
 def few_scenes(tmp_path_factory):
-    """28 pictures of each source, in a cache of their own."""
+    """28 pictures of each source and split, in a cache of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(data, "COUNTS", {source: {"train": 28, "test": 28} for source in scenes.KINDS})
+        patch.setattr(data, "COUNTS", {source: {"train": 28, "test": 28} for source in [*scenes.KINDS, "leaves"]})
         yield
 
 
@@ -137,6 +142,67 @@ def test_scenes_come_from_the_cache_the_second_time(monkeypatch):
     assert data.load("scenes", "test", image_size=64, channels=1).images.shape == (28, 64, 64, 1)
 
 
+# ---- dead leaves -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def leaves():
+    return scenes.render_leaves(480, seed=5)
+
+
+def test_leaves_follow_the_seed_and_no_two_are_alike(leaves):
+    images, labels = leaves
+    assert images.shape == (480, 32, 32, 3) and images.dtype == np.uint8
+    assert all(np.array_equal(a, b) for a, b in zip(leaves, scenes.render_leaves(480, 5), strict=True))
+    assert not np.array_equal(images[:32], scenes.render_leaves(32, 6)[0])
+    assert np.bincount(labels).tolist() == [30] * len(scenes.LEAVES)
+    flat = images.reshape(480, -1).astype(float)
+    distances = np.sqrt(np.square(flat).sum(1)[:, None] + np.square(flat).sum(1) - 2 * flat @ flat.T)
+    assert (distances + 1e9 * np.eye(480)).min() > 0.02 * 255 * np.sqrt(3072)
+
+
+def test_leaves_use_the_whole_range_of_brightness_and_all_hues(leaves):
+    images, _ = leaves
+    means = images.mean((1, 2)) / 255
+    assert (np.percentile(images, [1, 99], axis=(0, 1, 2)) == np.clip(
+        np.percentile(images, [1, 99], axis=(0, 1, 2)), [[0], [225]], [[30], [255]])).all()
+    assert (np.abs(means.mean(0) - 0.45) < 0.1).all() and (means.std(0) > 0.12).all()
+    assert set(means.argmax(1)) == set(means.argmin(1)) == {0, 1, 2}
+
+
+def test_leaves_have_the_statistics_of_photographs(leaves):
+    """A power spectrum that falls like f^-2 to f^-3.5, and differences of neighbours with far heavier tails than
+    Gaussian ones, whose kurtosis is 3 (Ruderman 1994)."""
+    grey = leaves[0].mean(-1)
+    grey -= grey.mean((1, 2), keepdims=True)
+    power = (np.abs(np.fft.fft2(grey * np.outer(np.hanning(32), np.hanning(32))))**2).mean(0)
+    f = np.hypot(np.fft.fftfreq(32)[:, None], np.fft.fftfreq(32))
+    band = (f > 0.08) & (f < 0.4)
+    assert -3.5 < np.polyfit(np.log(f[band]), np.log(power[band]), 1)[0] < -2
+    steps = np.diff(grey, axis=2)
+    assert (steps**4).mean() / (steps**2).mean()**2 > 8
+
+
+def test_the_class_of_leaves_names_the_hue_of_the_ground_and_the_shape(leaves):
+    images, labels = leaves
+    warm = labels < len(scenes.SHAPES)
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], 1).astype(float).mean(1)
+    assert scenes.LEAVES[0] == "circle on warm" and scenes.LEAVES[-1] == "star on cold"
+    assert np.mean((border[:, 0] > border[:, 2]) == warm) > 0.8    # redder than blue
+    contrast = np.abs(images - border[:, None, None]).mean(-1)     # the object's, on the average of a class
+    full, thin = (contrast[np.isin(labels % 8, [scenes.SHAPES.index(s) for s in shapes])].mean(0)
+                  for shapes in (("circle", "square", "hexagon"), ("diamond", "star", "cross")))
+    assert (full[8:24, 8:24].mean() / full[:3].mean()) > (thin[8:24, 8:24].mean() / thin[:3].mean())
+
+
+def test_leaves_are_loaded_from_the_cache_at_any_size(monkeypatch):
+    first = data.load("leaves", "train", channels=3)
+    assert first.images.shape == (28, 32, 32, 3) and first.classes == scenes.LEAVES
+    assert not np.array_equal(data.load("leaves", "test", channels=3).images, first.images)
+    monkeypatch.delattr(scenes, "render_leaves")
+    assert np.array_equal(data.load("leaves", "train", channels=3).images, first.images)
+    assert data.load("leaves", "test", image_size=64, channels=1).images.shape == (28, 64, 64, 1)
+
+
 # ---- the autoencoder on squares of the images ------------------------------------------------------
 
 class Watched(torch.nn.Module):
@@ -184,7 +250,7 @@ def test_squares_that_cannot_be_are_refused(crop):
         Config(**{**PRESETS["scenes256"], "vae_crop": crop}).check()
 
 
-# ---- the preset ------------------------------------------------------------------------------------
+# ---- the presets -----------------------------------------------------------------------------------
 
 def test_the_preset_runs_end_to_end_scaled_down(tmp_path):
     small = TINY[TINY.index("--vae-steps"):]   # the autoencoder's shape and the latents are the preset's
@@ -196,6 +262,24 @@ def test_the_preset_runs_end_to_end_scaled_down(tmp_path):
     assert facts["ledger"][0]["num_examples"] == 28
     with Image.open(tmp_path / "private-eps10.png") as picture:
         assert picture.width > 10 * 32
+
+
+def test_cifar10_small_goes_from_leaves_to_a_zip_of_photographs(tmp_path):
+    """The model is the preset's, of the size that the preset is for; only the steps are few."""
+    private, classes = tmp_path / "private.zip", ["airplane", "cat", "truck"]
+    with zipfile.ZipFile(private, "w") as archive:
+        for k in range(12):
+            picture = Image.fromarray(np.full((32, 32, 3), (20 * k, 90, 200), np.uint8))
+            picture.save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", f"mine/train/{classes[k % 3]}/{k}.png")
+    train.main(["--preset", "cifar10-small", "--private-data", str(private), "--out", str(tmp_path), "--vae-steps", "2",
+                "--public-steps", "2", "--public-batch", "4", "--expected-batch", "4", "--epochs", "0.7",
+                "--sample-steps", "2", "--device", "cpu"])
+    model, facts = load_checkpoint(tmp_path / "private-eps10.pt")
+    assert facts["classes"] == classes and facts["public_config"]["public_data"] == "leaves"
+    assert facts["ledger"][0]["num_examples"] == 12
+    assert 2e6 < count(model.unet.parameters()) < 4e6
+    assert model.vae.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 2 * 4, 8, 8)
 
 
 # ---- memory ----------------------------------------------------------------------------------------
