@@ -234,7 +234,7 @@ PRESETS = {
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=24.0, private_lr=4e-3),
     # The data of the paper's cifar10, sizes for two CPU cores, and public images that need no download.
     "cifar10-small": dict(public_data="leaves", private_data="cifar10", channels=3, vae_channels=16, vae_mult=(1, 2, 4),
-                          latent_channels=4, vae_steps=6_000, vae_lr=2e-3, kl_weight=2e-4, unet_channels=48,
+                          latent_channels=8, vae_steps=6_000, vae_lr=2e-3, kl_weight=2e-4, unet_channels=48,
                           unet_mult=(1, 2), attention_resolutions=(1, 2), public_steps=6_000, public_batch=64,
                           eps=10.0, expected_batch=1_000, epochs=25.0),
     "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),

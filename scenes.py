@@ -205,7 +205,7 @@ def render_leaves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         before = dead_leaves(int(15 * rng.random() ** 2), rng.random(), shapes, bank, rng)
         mask = Image.new("L", (CANVAS, CANVAS))
         centre = CANVAS / 2 + rng.normal(0, 5, 2)
-        ImageDraw.Draw(mask).polygon(corners_of(shapes[shape], rng.uniform(14, 30), centre, 0.4, rng), fill=255)
+        ImageDraw.Draw(mask).polygon(corners_of(shapes[shape], rng.uniform(18, 34), centre, 0.4, rng), fill=255)
         behind, before = (Image.fromarray((255 * layer.clip(0, 1)).astype(np.uint8)) for layer in (behind, before))
         behind = behind.filter(ImageFilter.GaussianBlur(rng.exponential(1.2)))
         soft = ImageFilter.GaussianBlur(rng.exponential(0.6))
