@@ -129,6 +129,7 @@ def render(kind: Kind, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, n
 SHAPES = ("circle", "triangle", "square", "diamond", "hexagon", "heart", "cross", "star")
 GROUNDS = {"warm": (-0.15, 0.30), "cold": (0.30, 0.85)}   # hues in turns: red is 0, green 1/3, blue 2/3
 LEAVES = [f"{shape} on {ground}" for ground in GROUNDS for shape in SHAPES]
+OUTLINES = [outline(shape) for shape in SHAPES]
 CANVAS = 64   # drawn at twice the size, then halved, which smooths the edges
 
 
@@ -160,8 +161,7 @@ def corners_of(shape: np.ndarray, radius: float, centre: np.ndarray, turn: float
     return (shape * wide @ rotation + centre).ravel().tolist()
 
 
-def dead_leaves(count: int, hue: float, shapes: list[np.ndarray], bank: np.ndarray,
-                rng: np.random.Generator) -> np.ndarray:
+def dead_leaves(count: int, hue: float, bank: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """`count` shapes falling on each other, most of about one hue, float32 [CANVAS, CANVAS, 3] around 0 to 1.
 
     Radii have the density r^-3, which makes occluding shapes look alike at all scales, as photographs do (Lee,
@@ -171,7 +171,7 @@ def dead_leaves(count: int, hue: float, shapes: list[np.ndarray], bank: np.ndarr
     draw = ImageDraw.Draw(canvas)
     radii = 3 / np.sqrt(1 - rng.random(count) * (1 - (3 / 32) ** 2))   # from 3 to 32
     for k, radius in enumerate(radii, 1):
-        shape = shapes[rng.integers(len(shapes))]
+        shape = OUTLINES[rng.integers(len(OUTLINES))]
         draw.polygon(corners_of(shape, radius, rng.uniform(0, CANVAS, 2), np.pi, rng), fill=k)
     leaf = np.asarray(canvas)                                           # number of the leaf on top, 0: the ground
     n = count + 1
@@ -186,29 +186,30 @@ def dead_leaves(count: int, hue: float, shapes: list[np.ndarray], bank: np.ndarr
     return paints(hues, rng)[leaf] + shade[..., None] + rng.exponential(0.07, n)[leaf][..., None] * grain
 
 
+def picture_of_leaves(label: int, bank: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of the class `label`, uint8 [32, 32, 3]: a large shape, filled with leaves, before others out of focus."""
+    ground, shape = divmod(label, len(SHAPES))
+    hue = rng.uniform(*list(GROUNDS.values())[ground])
+    behind = dead_leaves(int(60 * rng.random() ** 2), hue, bank, rng)
+    before = dead_leaves(int(15 * rng.random() ** 2), rng.random(), bank, rng)
+    behind, before = (Image.fromarray((255 * layer.clip(0, 1)).astype(np.uint8)) for layer in (behind, before))
+    mask, centre = Image.new("L", (CANVAS, CANVAS)), CANVAS / 2 + rng.normal(0, 5, 2)
+    ImageDraw.Draw(mask).polygon(corners_of(OUTLINES[shape], rng.uniform(18, 34), centre, 0.4, rng), fill=255)
+    behind = behind.filter(ImageFilter.GaussianBlur(rng.exponential(1.2)))
+    soft = ImageFilter.GaussianBlur(rng.exponential(0.6))
+    behind.paste(before.filter(soft), mask=mask.filter(soft))
+    return np.asarray(behind.reduce(2))
+
+
 def render_leaves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [count, 32, 32, 3] and labels int64 [count], numbers of LEAVES.
 
-    Dead leaves (Ruderman 1997), a known stand-in for photographs in pre-training (Baradad et al. 2021): a large shape
-    filled with some, before others that are more or less out of focus. The label names that shape and the ground's
-    hue, so that what the class decides is form as well as colour.
+    Dead leaves (Ruderman 1997), a known stand-in for photographs in pre-training (Baradad et al. 2021). The label names
+    the shape in front and the ground's hue, so that what a class decides is form as well as colour. Picture i depends
+    on the seed, its label and i only: several processes may share the work.
     """
     rng = np.random.default_rng(seed)
-    bank, shapes = clouds(256, rng), [outline(shape) for shape in SHAPES]
-    labels = np.arange(count) % len(LEAVES)
+    bank, labels = clouds(256, rng), np.arange(count) % len(LEAVES)
     rng.shuffle(labels)
-    images = np.empty((count, CANVAS // 2, CANVAS // 2, 3), np.uint8)
-    for i in tqdm(range(count), desc="rendering leaves", unit_scale=True, disable=count < 2_000):
-        ground, shape = divmod(labels[i], len(SHAPES))
-        hue = rng.uniform(*list(GROUNDS.values())[ground])
-        behind = dead_leaves(int(60 * rng.random() ** 2), hue, shapes, bank, rng)
-        before = dead_leaves(int(15 * rng.random() ** 2), rng.random(), shapes, bank, rng)
-        mask = Image.new("L", (CANVAS, CANVAS))
-        centre = CANVAS / 2 + rng.normal(0, 5, 2)
-        ImageDraw.Draw(mask).polygon(corners_of(shapes[shape], rng.uniform(18, 34), centre, 0.4, rng), fill=255)
-        behind, before = (Image.fromarray((255 * layer.clip(0, 1)).astype(np.uint8)) for layer in (behind, before))
-        behind = behind.filter(ImageFilter.GaussianBlur(rng.exponential(1.2)))
-        soft = ImageFilter.GaussianBlur(rng.exponential(0.6))
-        behind.paste(before.filter(soft), mask=mask.filter(soft))
-        images[i] = np.asarray(behind.reduce(2))
-    return images, labels
+    numbered = enumerate(tqdm(labels, desc="rendering leaves", unit_scale=True, disable=count < 2_000))
+    return np.stack([picture_of_leaves(k, bank, np.random.default_rng((seed, i))) for i, k in numbered]), labels
