@@ -19,8 +19,8 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,21 @@ def poisson_sample(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(rng.random(plan.num_examples) < plan.sample_rate))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 matrix products with all their digits, whatever the caller allows: TF32 and bfloat16 have three.
+
+    For norms and sums: an example that counts as 1.001 C would move the sum by more than is accounted for. A gradient
+    itself may be rounded, before its norm is taken.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def per_example_gradients(loss_fn: Callable, parameters: Tensors, batch: tuple[torch.Tensor, ...]) -> Tensors:
     """Gradient of each example's loss: {name: [B, *shape of the parameter]}.
 
@@ -191,8 +206,9 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
         norms = sum(map(squared_norms, gradients.values())).clamp(min=0).sqrt()
         finite = norms.isfinite()
         weights = (max_grad_norm / norms[finite]).clamp(max=1.0)   # C/0 is inf, clamped to 1
+        all_finite = finite.all().item()   # asked once: on a GPU it waits for the answer
         for name, factors in gradients.items():
-            if not finite.all():
+            if not all_finite:
                 factors = [v[finite] for v in factors]
             total[name] += weighted_sum(factors, weights, total[name].shape)
     return total
@@ -322,6 +338,7 @@ def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tu
     return x.reshape(B, -1, x.shape[-1]), g.reshape(B, -1, g.shape[-1])
 
 
+@full_precision()
 def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
     """||gradient||^2 [B] of one parameter, see factored_gradients."""
     if len(factors) == 1:
@@ -332,6 +349,7 @@ def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
     return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
 
 
+@full_precision()
 def weighted_sum(factors: list[torch.Tensor], weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """sum_i weights_i gradient_i of one parameter of this shape."""
     if len(factors) == 1:

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from scipy import stats
 from torch import nn
+from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import accountant
 import dp_sgd
@@ -36,6 +38,7 @@ TINY = train.Config(image_size=8, vae_channels=8, vae_mult=(1, 2), latent_channe
                     unet_mult=(1, 2), attention_resolutions=(2,), num_heads=2, context_dim=8,
                     embedder_scale=7.0, device="cpu", sample_steps=1, chunk="3", engine="func")
 NUM_CLASSES = 3
+aten = torch.ops.aten
 
 # What private_parameter_names should find in that model, written out by hand.
 ATTENTION = ["unet.input_blocks.3.1", "unet.middle_block.1", "unet.output_blocks.0.1", "unet.output_blocks.1.1"]
@@ -339,6 +342,42 @@ def test_an_example_with_a_gradient_that_is_not_finite_contributes_nothing(value
     broken[1, 0] = value
     for chunk in (1, 2, 3):
         assert torch.allclose(clipped_sum(broken, 0.5, chunk), clipped_sum(rows[[0, 2]], 0.5, chunk=1), atol=1e-14)
+
+
+class TensorCores(TorchDispatchMode):
+    """Multiplies float32 matrices with the digits that the caller allows, as GPUs do: bfloat16's, if any fewer."""
+    rounded = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        reduced = torch.get_float32_matmul_precision() != "highest"
+        if reduced and operation.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.mv, aten.baddbmm):
+            args = [x.bfloat16().float() if isinstance(x, torch.Tensor) else x for x in args]
+            self.rounded += 1
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("engine", ["func", "ghost"])
+@pytest.mark.parametrize("K", [1, 40])   # 1: factors and their Gram matrices; 40: explicit gradients too
+def test_norms_and_sums_have_all_digits_where_the_caller_allows_fewer(engine, K):
+    model = tiny_model().float().requires_grad_(False)
+    parameters = {name: model.get_parameter(name) for name in private_parameter_names(model)}
+    batch = train.noise_draws(model, *(x.float() if x.is_floating_point() else x for x in tiny_data(3)), K, 0.0,
+                              np.random.default_rng(0))
+
+    def loss(parameters, *draws):
+        return functional_call(model, parameters, draws).mean()
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        for i in range(3):
+            with TensorCores() as cores:
+                one = clipped_gradient_sum(model if engine == "ghost" else loss, parameters,
+                                           tuple(x[i:i + 1] for x in batch), 1e-3, 1)
+            assert cores.rounded and torch.get_float32_matmul_precision() == "high"   # the U-Net's own stay fast
+            assert flat(one).double().norm().item() == pytest.approx(1e-3, rel=2e-6)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- noise ------------------------------------------------------------------------------------------------
