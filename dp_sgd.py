@@ -228,6 +228,7 @@ def largest_chunk(loss_fn: Callable, parameters: Tensors, example: tuple[torch.T
     """
     device = example[0].device
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)   # encoding the images may have needed more
         memory = torch.cuda.mem_get_info(device)[1]
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
