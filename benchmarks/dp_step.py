@@ -133,7 +133,8 @@ def measure(engine: str, name: str, device: str, seconds: float, batch: int | No
     engine, _, way = engine.rpartition("-") if engine.endswith(WAYS) else (engine, "", "")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if way == "tf32" else "highest")
-    model = Model(arguments).to(device)
+    with torch.device(device):   # large models take seconds to fill with random numbers on a CPU
+        model = Model(arguments).to(device)
     model.bf16 = way == "bf16"
     if way in ("compile", "graphs"):
         torch.compiler.reset()
