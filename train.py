@@ -404,6 +404,8 @@ def run(config: Config) -> None:
         raise ValueError(f"{unfinished} is an interrupted run: give --resume to go on, or --overwrite to start anew")
     if target.exists() and not config.overwrite:
         raise ValueError(f"{target} exists: give --overwrite to replace it, or another --out")
+    if config.torch_device.type == "cuda":   # TF32, as convolutions have it there; dp_sgd.full_precision is stricter
+        torch.set_float32_matmul_precision("high")
     if config.stage == "public":
         run_public(config, target)
     else:

@@ -31,10 +31,12 @@ LEVERS = {
     "attention": [], "lora": ["--train", "lora"], "resblocks": ["--train", "resblocks"], "all": ["--train", "all"],
     "epochs-6": ["--epochs", "6"], "epochs-100": ["--epochs", "100"],
     "batch-512": ["--expected-batch", "512"],
-    "batch-8192-epochs-96": ["--expected-batch", "8192", "--epochs", "96"],   # as many steps as the preset
+    "batch-4096-epochs-48": ["--expected-batch", "4096", "--epochs", "48"],   # as many steps as the preset
+    "batch-8192-epochs-96": ["--expected-batch", "8192", "--epochs", "96"],
     "lr-2e-3": ["--private-lr", "2e-3"], "lr-8e-3": ["--private-lr", "8e-3"],
     "C-0.03": ["--max-grad-norm", "0.03"], "C-0.3": ["--max-grad-norm", "0.3"], "C-1": ["--max-grad-norm", "1"],
-    "K-4": ["--noise-draws", "4"], "K-16": ["--noise-draws", "16", "--chunk", "512"],
+    "K-4-epochs-12": ["--noise-draws", "4", "--epochs", "12"], "K-4": ["--noise-draws", "4"],
+    "K-16": ["--noise-draws", "16", "--chunk", "512"],
     "t-200-800": ["--private-timesteps", "200", "800"], "t-30-600": ["--private-timesteps", "30", "600"],
     "ema-0.99": ["--ema-decay", "0.99"], "ema-0.9999": ["--ema-decay", "0.9999"],
     "embedder-1": ["--embedder-scale", "1"], "embedder-10": ["--embedder-scale", "10"],
@@ -63,7 +65,7 @@ def steps_of(args: argparse.Namespace, public: Path, lever: str, eps: float, out
             ["sample", str(out / f"private-eps{eps:g}.pt"), "--npz", str(out / "samples.npz"),
              "--count", str(args.count), *sample],
             ["evaluate", str(out / "samples.npz"), "--real", "mnist", *where, "--seeds", str(args.seeds),
-             "--json", str(out / "report.json")]]
+             "--steps", str(args.steps), "--json", str(out / "report.json")]]
 
 
 def one_run(args: argparse.Namespace, public: Path, lever: str, eps: float, run: int) -> None:
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--eps", type=float, nargs="+", default=[10.0, 1.0])
     parser.add_argument("--runs", type=int, default=1, help="of every lever and epsilon")
     parser.add_argument("--seeds", type=int, default=2, help="classifiers per run")
+    parser.add_argument("--steps", type=int, default=2_000, help="batches per classifier")
     parser.add_argument("--count", type=int, default=10_000, help="samples per run")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
