@@ -24,15 +24,17 @@ import data
 from config import Parser, find_device, one_line_errors
 from dp_sgd import spent_epsilon
 from ldm import LatentDiffusion, TextEmbedder, check_prompts, check_sampling, load_checkpoint
+from vae import images_at_once
 
 
 def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, order: int, guidance: float,
-           seed: int, batch: int = 500) -> np.ndarray:
+           seed: int) -> np.ndarray:
     """Images uint8 [N, H, W, C] of the classes `labels` int [N], or captions int [N, L].
 
     They are the same for the same seed and machine.
     """
     device = model.latent_scale.device
+    batch = 2 * images_at_once(model.architecture["vae"]["resolution"])
     generator = torch.Generator().manual_seed(seed)
     images = []
     with tqdm(total=len(labels), desc="sampling", unit="image") as progress:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,20 @@ def test_samples_follow_the_seed(trained):
     model, _ = load_checkpoint(trained / "private-eps3.pt")
     draw = [sample.sample(model, np.arange(4), 2, 0.0, 1, 1.0, seed) for seed in (1, 1, 2)]
     assert np.array_equal(draw[0], draw[1]) and not np.array_equal(draw[0], draw[2])
+
+
+@pytest.mark.parametrize("resolution, most", [(32, 500), (256, 6)])
+def test_large_images_are_sampled_few_at_a_time(resolution, most):
+    sizes = []
+
+    def generate(labels, *arguments):
+        sizes.append(len(labels))
+        return torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)
+
+    model = types.SimpleNamespace(latent_scale=torch.tensor(1.0), generate=generate,
+                                  architecture={"vae": {"resolution": resolution}})
+    assert sample.sample(model, np.arange(1_001), 2, 0.0, 1, 1.0, 0).shape == (1_001, 1, 1, 1)
+    assert sum(sizes) == 1_001 and max(sizes) <= most and len(sizes) <= 1_001 // most + 1
 
 
 def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
