@@ -87,7 +87,7 @@ class Config:
     max_grad_norm: float = option(0.1, "clipping norm C of one example's gradient")
     noise_draws: int = option(1, "K: diffusion noise draws averaged in one example's gradient")
     private_timesteps: tuple[int, ...] = option((0, 1_000), "LOW HIGH: of ten noise draws of the private stage, nine "
-                                                "are of time steps in this range, one of any")
+                                                "are of time steps LOW to HIGH - 1, one of any")
     private_lr: float = option(2e-3, "learning rate of the private stage")
     embedder_scale: float = option(30.0, "the table of classes or bytes is trained in units of 1/this, which "
                                    "multiplies its gradient")
@@ -234,7 +234,7 @@ PRESETS = {
     "mnist": dict(private_data="mnist", data_dir="data/mnist", expected_batch=2_048, epochs=24.0, private_lr=4e-3),
     # The data of the paper's cifar10, sizes for two CPU cores, and public images that need no download.
     "cifar10-small": dict(public_data="leaves", private_data="cifar10", channels=3, vae_channels=16, vae_mult=(1, 2, 4),
-                          latent_channels=8, vae_steps=6_000, vae_lr=2e-3, kl_weight=2e-4, unet_channels=48,
+                          vae_lr=2e-3, kl_weight=2e-4, unet_channels=48,
                           unet_mult=(1, 2), attention_resolutions=(1, 2), public_steps=6_000, public_batch=64,
                           eps=10.0, expected_batch=1_000, epochs=25.0),
     "mnist-paper": dict(PAPER, **SCALE_SHIFT, private_data="mnist", data_dir="data/mnist", vae_mult=(1, 2, 3, 5),

@@ -169,7 +169,8 @@ def full_precision() -> Iterator[None]:
     """float32 matrix products with all their digits, whatever the caller allows: TF32 and bfloat16 have three.
 
     For norms and sums: an example that counts as 1.001 C would move the sum by more than is accounted for. A gradient
-    itself may be rounded, before its norm is taken.
+    itself may be rounded, before its norm is taken; that this can depend, by the size of a chunk, on which others share
+    it is not accounted for.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -206,7 +207,7 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
         norms = sum(map(squared_norms, gradients.values())).clamp(min=0).sqrt()
         finite = norms.isfinite()
         weights = (max_grad_norm / norms[finite]).clamp(max=1.0)   # C/0 is inf, clamped to 1
-        all_finite = finite.all().item()   # asked once: on a GPU it waits for the answer
+        all_finite = finite.all().item()   # once per chunk, not per parameter: a GPU waits for it
         for name, factors in gradients.items():
             if not all_finite:
                 factors = [v[finite] for v in factors]

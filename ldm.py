@@ -235,6 +235,7 @@ def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Ten
 
     Time steps are uniform; with `favoured` (low, high) nine of ten are from low to high - 1, after Ghalebikesabi et al.
     2023, section 3 (arXiv 2302.13861): steps that are almost free of noise, or nothing but noise, teach little.
+    The range is public: it must not be chosen by private data.
 
     `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B] or, of captions, [B, L]. The draws of
     different examples are independent, so that one more example in a batch leaves the others' gradients as they

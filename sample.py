@@ -34,7 +34,7 @@ def sample(model: LatentDiffusion, labels: np.ndarray, steps: int, eta: float, o
     They are the same for the same seed and machine.
     """
     device = model.latent_scale.device
-    batch = 2 * images_at_once(model.architecture["vae"]["resolution"])
+    batch = 2 * images_at_once(model.architecture["vae"]["resolution"])   # decoding splits them again
     generator = torch.Generator().manual_seed(seed)
     images = []
     with tqdm(total=len(labels), desc="sampling", unit="image") as progress:

@@ -154,7 +154,10 @@ def paints(hues: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def corners_of(shape: np.ndarray, radius: float, centre: np.ndarray, turn: float,
                rng: np.random.Generator) -> list[float]:
-    """A shape turned by up to `turn` (radians) either way, stretched and put on the canvas: x, y, x, y, ..."""
+    """A shape [n, 2] (as of `outline`), `radius` pixels large, turned by up to `turn` radians either way, stretched.
+
+    Returns x, y, x, y, ... in pixels of the canvas, about `centre` (x, y).
+    """
     angle, stretch = rng.uniform(-turn, turn), rng.uniform(0.6, 1)
     wide = [radius, radius * stretch] if rng.random() < 0.7 else [radius * stretch, radius]
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -162,7 +165,9 @@ def corners_of(shape: np.ndarray, radius: float, centre: np.ndarray, turn: float
 
 
 def dead_leaves(count: int, hue: float, bank: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`count` shapes falling on each other, most of about one hue, float32 [CANVAS, CANVAS, 3] around 0 to 1.
+    """`count` shapes falling on each other, most of about one hue: float64 [CANVAS, CANVAS, 3], not clipped.
+
+    The hue is in turns, `bank` as of `clouds`.
 
     Radii have the density r^-3, which makes occluding shapes look alike at all scales, as photographs do (Lee,
     Mumford and Huang 2001). Each leaf has a colour with a gradient, and clouds or stripes of its own on it.
@@ -187,7 +192,10 @@ def dead_leaves(count: int, hue: float, bank: np.ndarray, rng: np.random.Generat
 
 
 def picture_of_leaves(label: int, bank: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of the class `label`, uint8 [32, 32, 3]: a large shape, filled with leaves, before others out of focus."""
+    """One of the class `label`, uint8 [32, 32, 3]: a large shape, filled with leaves, before others out of focus.
+
+    `bank` is as of `clouds`.
+    """
     ground, shape = divmod(label, len(SHAPES))
     hue = rng.uniform(*list(GROUNDS.values())[ground])
     behind = dead_leaves(int(60 * rng.random() ** 2), hue, bank, rng)
@@ -206,7 +214,7 @@ def render_leaves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Dead leaves (Ruderman 1997), a known stand-in for photographs in pre-training (Baradad et al. 2021). The label names
     the shape in front and the ground's hue, so that what a class decides is form as well as colour. Picture i depends
-    on the seed, its label and i only: several processes may share the work.
+    on the seed, its label and i only, so that any one can be rendered alone.
     """
     rng = np.random.default_rng(seed)
     bank, labels = clouds(256, rng), np.arange(count) % len(LEAVES)

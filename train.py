@@ -244,8 +244,9 @@ def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
     free = ("resume", "overwrite", "data_dir", "device", "engine", "chunk", "save_every", "show_private_loss",
             "prompts", "sample_steps", "eta", "order", "guidance")
     for name, value in dataclasses.asdict(config).items():
-        if name not in free and facts["config"].get(name) != value:
-            flag, planned = "--" + name.replace("_", "-"), facts["config"].get(name)
+        planned = facts["config"].get(name, getattr(Config, name))   # a flag newer than the run: as it was then
+        if name not in free and planned != value:
+            flag = "--" + name.replace("_", "-")
             raise ValueError(f"{path} was planned and begun with {flag} {planned}, not {value}: "
                              "go on with that, or give --overwrite to start anew")
     if facts["plan"]["num_examples"] != num_examples:

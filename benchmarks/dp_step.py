@@ -233,6 +233,9 @@ def share(models: list[str], device: str, seconds: float) -> None:
         cells = []
         for engine in ("ordinary", "ordinary-bf16"):
             found = measured(device, seconds, engine=engine, name=name, count=True)
+            if not found:   # out of memory
+                cells += ["-", "-"]
+                continue
             reached = found["rate"] * found["flops"]
             cells += [f"{reached / 1e9:.0f}", f"{reached / found['peak']:.0%}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

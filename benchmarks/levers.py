@@ -1,8 +1,8 @@
 """What helps the private stage? One change at a time to the mnist preset: accuracy at every epsilon, as a table.
 
     python benchmarks/levers.py runs/mnist/public.pt --data-dir data/mnist --folder runs/levers --jobs 2
-    python benchmarks/levers.py runs/mnist/public.pt --levers attention lora resblocks all --runs 3
-    python benchmarks/levers.py runs/mnist/public.pt pen.pt --levers preset      # other public models, preset flags
+    python benchmarks/levers.py runs/mnist/public.pt --levers preset lora resblocks all --runs 3
+    python benchmarks/levers.py letters.pt pen.pt --levers preset      # other public models, preset flags
 
 Each run fine-tunes a public model, draws --count samples and trains small CNNs on them, whose accuracy on real test
 images counts. Runs that are done (FOLDER/*.json) are not done again. On a CPU take few --jobs of one thread each
@@ -28,7 +28,7 @@ from unet import private_parameter_names  # noqa: E402
 # name: flags of train.py, or of sample.py behind "sample"
 LEVERS = {
     "preset": [],
-    "attention": [], "lora": ["--train", "lora"], "resblocks": ["--train", "resblocks"], "all": ["--train", "all"],
+    "lora": ["--train", "lora"], "resblocks": ["--train", "resblocks"], "all": ["--train", "all"],
     "epochs-6": ["--epochs", "6"], "epochs-100": ["--epochs", "100"],
     "batch-512": ["--expected-batch", "512"],
     "batch-4096-epochs-48": ["--expected-batch", "4096", "--epochs", "48"],   # as many steps as the preset
@@ -50,7 +50,9 @@ LEVERS = {
 
 def trained_share(public: Path, flags: list[str]) -> float:
     """Trained parameters over all those of U-Net and embedder."""
-    model, parts = load_checkpoint(public)[0], flags[1] if "--train" in flags else "attention"
+    flags = ["--train", "attention", *flags]
+    parts = flags[len(flags) - flags[::-1].index("--train")]   # the last one counts
+    model = load_checkpoint(public)[0]
     model = with_lora(model, rank=8, seed=0) if parts == "lora" else model
     sizes = {name: p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")}
     return sum(sizes[name] for name in private_parameter_names(model, parts=parts)) / sum(sizes.values())
@@ -83,7 +85,7 @@ def one_run(args: argparse.Namespace, public: Path, lever: str, eps: float, run:
         done = subprocess.run([sys.executable, __file__, "--one", commands], cwd=ROOT, stdout=log, stderr=log)
     if done.returncode:
         last = (out / "log.txt").read_text().strip().splitlines()[-1:]
-        print(f"{out.name} failed: {last}", file=sys.stderr, flush=True)
+        print(f"{out.name} failed: {last}; delete {out} to try again", file=sys.stderr, flush=True)
         return
     os.replace(out / "report.json", args.folder / f"{out.name}.json")
     print(f"{out.name}: {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
@@ -105,7 +107,7 @@ def print_table(args: argparse.Namespace) -> None:
                 f" ± {statistics.stdev(s):.2%} ({len(s)} runs)" if len(s) > 1 else "") for s in found]
             if any(found):
                 print(f"| {public.stem} | {lever} | `{' '.join(LEVERS[lever])}` | "
-                      f"{trained_share(public, LEVERS[lever]):.1%} | {' | '.join(cells)} |")
+                      f"{trained_share(public, [*args.flags, *LEVERS[lever]]):.1%} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -125,12 +127,17 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: more flags of train.py")
     args = parser.parse_args()
     if args.one:
+        import torch
+
         import evaluate
         import sample
         import train
         for program, *arguments in args.one:
+            torch.set_float32_matmul_precision("highest")   # train.py sets it for its process
             {"train": train, "sample": sample, "evaluate": evaluate}[program].main(arguments)
         return
+    if len({public.stem for public in args.public}) < len(args.public):
+        parser.error("two public models have one name: copy them to files with different names")
     args.until = time.time() + 60 * args.minutes
     with ThreadPoolExecutor(args.jobs) as pool:
         work = itertools.product(range(args.runs), args.levers, args.public, args.eps)

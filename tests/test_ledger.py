@@ -215,6 +215,18 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_resume(public, tmp_path, int
     assert load_checkpoint(tmp_path / "private-eps3.pt")[1]["ledger"][0]["steps"] == STEPS
 
 
+def test_a_run_that_is_older_than_a_flag_can_be_resumed(public, tmp_path, interrupt):
+    interrupt(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        run(public, tmp_path)
+    unfinished = tmp_path / "private-eps3.unfinished.pt"
+    checkpoint = torch.load(unfinished, weights_only=True)
+    del checkpoint["config"]["private_timesteps"]
+    torch.save(checkpoint, unfinished)
+    run(public, tmp_path, "--resume")
+    assert load_checkpoint(tmp_path / "private-eps3.pt")[1]["ledger"][0]["steps"] == STEPS
+
+
 def test_a_clipped_sum_that_is_not_finite_stops_and_keeps_the_last_checkpoint(public, tmp_path, monkeypatch, capsys):
     clipped, calls = dp_sgd.clipped_gradient_sum, []
 

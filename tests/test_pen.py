@@ -67,7 +67,7 @@ def test_size_and_place_are_those_of_mnist(written):
     assert border < 64      # of soft edges only: nothing leaves the image and comes in again opposite
 
 
-def test_seeds(written):
+def test_pen_letters_follow_the_seed():
     again, other = (render_pen("ab", PEN, 8, seed) for seed in (3, 4))
     first = render_pen("ab", PEN, 8, 3)
     assert (first[0] == again[0]).all() and (first[1] == again[1]).all() and (first[0] != other[0]).any()

@@ -153,7 +153,10 @@ def test_leaves_follow_the_seed_and_no_two_are_alike(leaves):
     images, labels = leaves
     assert images.shape == (480, 32, 32, 3) and images.dtype == np.uint8
     assert all(np.array_equal(a, b) for a, b in zip(leaves, scenes.render_leaves(480, 5), strict=True))
-    assert not np.array_equal(images[:32], scenes.render_leaves(32, 6)[0])
+    bank = scenes.clouds(256, np.random.default_rng(5))
+    for i in (0, 7, 479):   # any picture by itself
+        alone, other = (scenes.picture_of_leaves(labels[i], bank, np.random.default_rng((seed, i))) for seed in (5, 6))
+        assert np.array_equal(alone, images[i]) and not np.array_equal(other, images[i])
     assert np.bincount(labels).tolist() == [30] * len(scenes.LEAVES)
     flat = images.reshape(480, -1).astype(float)
     distances = np.sqrt(np.square(flat).sum(1)[:, None] + np.square(flat).sum(1) - 2 * flat @ flat.T)
