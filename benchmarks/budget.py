@@ -61,7 +61,7 @@ def draws_table(public: Path, examples: int, draws: list[int], ranges: list[tupl
     labels = torch.from_numpy(digits.labels[:examples])
     print("\n| time steps | C | K | common signal / C | over that at K = 1 |\n|---|---|---|---|---|")
     for t in ranges:
-        for C in (0.03, config.max_grad_norm, 0.3):
+        for C in (0.03, 0.1, 0.3):
             found = {K: common_signal(model, parameters, moments, labels, K, C, t) for K in draws}
             for K in draws:
                 print(f"| {t[0]} to {t[1]} | {C:g} | {K} | {found[K]:.3f} | {found[K] / found[draws[0]]:.2f} |",

@@ -34,7 +34,8 @@ LEVERS = {
     "batch-4096-epochs-48": ["--expected-batch", "4096", "--epochs", "48"],   # as many steps as the preset
     "batch-8192-epochs-96": ["--expected-batch", "8192", "--epochs", "96"],
     "lr-2e-3": ["--private-lr", "2e-3"], "lr-8e-3": ["--private-lr", "8e-3"],
-    "C-0.03": ["--max-grad-norm", "0.03"], "C-0.3": ["--max-grad-norm", "0.3"], "C-1": ["--max-grad-norm", "1"],
+    "C-0.01": ["--max-grad-norm", "0.01"], "C-0.1": ["--max-grad-norm", "0.1"],
+    "C-0.3": ["--max-grad-norm", "0.3"], "C-1": ["--max-grad-norm", "1"],
     "K-4-epochs-12": ["--noise-draws", "4", "--epochs", "12"], "K-4": ["--noise-draws", "4"],
     "K-16": ["--noise-draws", "16", "--chunk", "512"],
     "t-200-800": ["--private-timesteps", "200", "800"], "t-30-600": ["--private-timesteps", "30", "600"],
