@@ -41,6 +41,7 @@ CACHE = Path(__file__).resolve().parent / "data" / "cache"
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
 SHAPES_ALIKE = {"hexagon": "circle", "heart": "triangle", "cross": "square", "star": "diamond"}   # scenes' shapes
 GLYPHS = ("letters", "digits", "pen-letters", "captioned-letters", "captioned-digits")
+RENDERED = (*GLYPHS, *scenes.KINDS, "leaves")
 GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
 
 
@@ -55,16 +56,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
                          "give train or test, 1 or 3, and a positive size")
     name, _, attribute = source.partition(":")
     folder = download.folder_of(name, data_dir)
-    if source in ("letters", "digits"):
-        dataset = load_glyphs(source, split)
-    elif source == "pen-letters":
-        dataset = load_pen_letters(split)
-    elif source in GLYPHS:
-        dataset = load_captioned_glyphs(source, split)
-    elif source in scenes.KINDS:
-        dataset = load_scenes(source, split)
-    elif source == "leaves":
-        dataset = load_leaves(split)
+    if source in RENDERED:
+        dataset = load_rendered(source, split)
     elif source == "mnist":
         if not folder.is_dir() and Path(data_dir).name not in download.NAMES:
             folder = Path(data_dir)   # MNIST's files may lie in it directly
@@ -90,7 +83,7 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     elif Path(source).exists():
         return folders.load_folder(Path(source), split, image_size, channels)
     else:
-        names = ", ".join([*GLYPHS, *scenes.KINDS, "leaves", *download.NAMES])
+        names = ", ".join([*RENDERED, *download.NAMES])
         raise ValueError(f"unknown data {source!r}: give {names}, or an .npz, folder or zip that exists")
     if source in GREY_28:
         border = (image_size if 28 <= image_size <= 32 else 32) - 28
@@ -124,6 +117,17 @@ def cached(name: str, arrays: tuple[str, ...], make: Callable) -> Sequence[np.nd
     made = make()   # not read back: of several processes only the first one has written it
     save_arrays(path, **dict(zip(arrays, made, strict=True)))
     return made
+
+
+def load_rendered(source: str, split: str) -> Dataset:
+    """One of RENDERED, at the size that it is rendered at."""
+    if source == "leaves":
+        return load_leaves(split)
+    if source in scenes.KINDS:
+        return load_scenes(source, split)
+    if source == "pen-letters":
+        return load_pen_letters(split)
+    return load_glyphs(source, split) if source in ("letters", "digits") else load_captioned_glyphs(source, split)
 
 
 def load_glyphs(source: str, split: str) -> Dataset:
