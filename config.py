@@ -231,7 +231,7 @@ PRESETS = {
                       vae_lr=1.5e-3, kl_weight=2e-4, unet_channels=24, unet_mult=(1, 2, 4),
                       attention_resolutions=(4,), public_steps=1_000, public_batch=16,
                       eps=10.0, expected_batch=250, epochs=4.0, chunk="25"),
-    # C is below nearly all norms of gradients, as benchmarks/budget.py finds them without private data.
+    # For C see benchmarks/budget.py, which finds without private data that a small one leaves more signal.
     "mnist": dict(public_data="pen-letters", private_data="mnist", data_dir="data/mnist", public_steps=20_000,
                   expected_batch=2_048, epochs=24.0, max_grad_norm=0.03, private_lr=4e-3),
     # The data of the paper's cifar10, sizes for two CPU cores, and public images that need no download.
