@@ -141,7 +141,7 @@ def load_glyphs(source: str, split: str) -> Dataset:
 def load_pen_letters(split: str) -> Dataset:
     """Letters as written with a pen; kept in CACHE after the first time."""
     count, seed = COUNTS["pen-letters"][split], {"train": 0, "test": 1}[split]
-    images, labels = cached(f"pen-letters-{split}-v1", ("images", "labels"),
+    images, labels = cached(f"pen-letters-{split}-v2", ("images", "labels"),
                             lambda: render_pen(LETTERS, PEN, count, seed))
     return Dataset(images[..., None], labels, list(LETTERS))
 

@@ -34,9 +34,11 @@ STYLES = {
 }
 
 # The same for letters written with a pen: thickness is the stroke's, roundness the corners' (0 to 1), warp and wobble
-# are long and short waves of the hand in letter sizes. General knowledge of handwriting: measured on no data.
+# are long and short waves of the hand in letter sizes, pressure the share by which a stroke's thickness varies,
+# flourishes (rounded down) how many strokes are added or left out. General knowledge: no data was measured.
 PEN = {"aspect": (0.45, 1.15), "rotation": (-12, 12), "shear": (-0.3, 0.7), "thickness": (1.2, 4.0),
-       "softness": (0.9, 1.4), "roundness": (0.0, 1.0), "warp": (0.0, 0.15), "wobble": (0.0, 0.02)}
+       "softness": (0.9, 1.8), "roundness": (0.0, 1.0), "warp": (0.0, 0.15), "wobble": (0.0, 0.02),
+       "pressure": (0.0, 0.6), "flourishes": (0.0, 2.0)}
 
 # Words of captions, and what they mean for the weight and the shear of a glyph. The ranges do not touch.
 WEIGHTS = {"thin": (-0.6, -0.3), "medium": (0.15, 0.45), "bold": (1.0, 1.4)}
@@ -122,6 +124,24 @@ def middle_lines(character: str) -> np.ndarray:
     return np.stack([points, near @ points / near.sum(1, keepdims=True)])
 
 
+def flourish(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Points [N, 2] (y, x) of a letter of size 1 with a bar or a loop more, or with a gap: [M, 2].
+
+    Hands differ in such things, so the same letter comes in several forms, of which a model has to learn to pick one.
+    """
+    lowest, highest, any_one = points[points[:, 0].argmax()], points[points[:, 0].argmin()], rng.choice(points)
+    kind, along = rng.choice(["bar", "loop", "gap"]), np.linspace(-1, 1, 30)[:, None]
+    if kind == "bar":     # across a stroke, or a foot or a head
+        angle = rng.normal(0, 0.4)
+        centre = (lowest, highest, any_one, any_one)[rng.integers(4)]
+        return np.concatenate([points, centre + along * rng.uniform(0.1, 0.35) * [np.sin(angle), np.cos(angle)]])
+    if kind == "loop":    # touches the letter
+        radii, where = rng.uniform(0.06, 0.22, 2), rng.uniform(0, 2 * np.pi)
+        centre = any_one + radii * [np.sin(where), np.cos(where)]
+        return np.concatenate([points, centre + radii * np.hstack([np.sin(np.pi * along), np.cos(np.pi * along)])])
+    return points[np.linalg.norm(points - any_one, axis=1) > rng.uniform(0.06, 0.2)]
+
+
 def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]], count: int,
                seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` characters as written with a pen: images uint8 [count, 28, 28], labels [count]; `looks` as in PEN.
@@ -144,15 +164,20 @@ def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]],
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         lean = np.array([[1.0, 0.0], [-look["shear"], 1.0]])         # x grows as y falls
         sharp, rounded = lines[labels[i]]
-        points = (sharp + look["roundness"] * (rounded - sharp)) @ (turn @ lean @ np.diag([1.0, look["aspect"]])).T
+        points = sharp + look["roundness"] * (rounded - sharp)
+        for _ in range(int(look["flourishes"])):
+            points = flourish(points, rng)
+        points = points @ (turn @ lean @ np.diag([1.0, look["aspect"]])).T
         for size, frequency in ((look["warp"], 5.0), (look["wobble"], 12.0)):   # at most, in radians per letter size
             waves = rng.uniform(-frequency, frequency, (2, 4))
             points = points + size * np.sin(points @ waves + rng.uniform(0, 2 * np.pi, 4)) @ rng.normal(0, 0.5, (4, 2))
         points *= (20 - look["thickness"]) / np.ptp(points, axis=0).max()
         points = (points - (points.min(0) + points.max(0)) / 2).astype(np.float32)
-        squared = (points**2).sum(1) - 2 * pixels @ points.T         # [784, N], without the pixels' own squares
-        distance = np.sqrt(np.maximum(squared.min(1) + (pixels**2).sum(1), 0))
-        ink = np.clip(0.5 + (look["thickness"] / 2 - distance) / look["softness"], 0.0, 1.0).reshape(28, 28)
+        press = np.sin(points @ rng.normal(0, 0.15, 2).astype(np.float32) + rng.uniform(0, 2 * np.pi))
+        radii = look["thickness"] / 2 * (1 + look["pressure"] * press)
+        squares = (pixels**2).sum(1)[:, None] + (points**2).sum(1) - 2 * pixels @ points.T     # [784, N]
+        depth = (radii - np.sqrt(np.maximum(squares, 0))).max(1)
+        ink = np.clip(0.5 + depth / look["softness"], 0.0, 1.0).reshape(28, 28)
         off_centre = np.rint(np.array(ndimage.center_of_mass(ink)) - 13.5).clip(-3, 3)   # 3 is the border
         images[i] = np.roll(ink, tuple(-off_centre.astype(int)), (0, 1)) * 255
     return images, labels
