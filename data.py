@@ -7,6 +7,7 @@
     letters     rendered letters A-Z a-z, the public data           (40,000 train, 5,000 test)
     digits      rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
     pen-letters rendered letters as written with a pen, thin to thick, public (60,000 train, 5,000 test)
+    pen-letters-varied  the same in several forms each, and with strokes of varying thickness, public (as many)
     captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
     scenes      letters and shapes on textured backgrounds, 256x256, public (4,000 train, 140 test), with captions
@@ -34,13 +35,14 @@ import folders
 import formats
 import scenes
 from formats import Dataset, read_arrays
-from glyphs import LETTERS, PEN, STYLES, render, render_captioned, render_pen
+from glyphs import LETTERS, PEN, STYLES, VARIED_PEN, render, render_captioned, render_pen
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
 # The letter that each digit 0-9 looks most like: a public starting point for the digits' embeddings.
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
 SHAPES_ALIKE = {"hexagon": "circle", "heart": "triangle", "cross": "square", "star": "diamond"}   # scenes' shapes
-GLYPHS = ("letters", "digits", "pen-letters", "captioned-letters", "captioned-digits")
+PENS = {"pen-letters": PEN, "pen-letters-varied": VARIED_PEN}
+GLYPHS = ("letters", "digits", *PENS, "captioned-letters", "captioned-digits")
 RENDERED = (*GLYPHS, *scenes.KINDS, "leaves")
 GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
 
@@ -104,7 +106,7 @@ def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
 # ---- rendered glyphs -------------------------------------------------------------------------------
 
 COUNTS = {"letters": {"train": 40_000, "test": 5_000}, "digits": {"train": 20_000, "test": 5_000},
-          "pen-letters": {"train": 60_000, "test": 5_000},
+          **{name: {"train": 60_000, "test": 5_000} for name in PENS},
           "scenes": {"train": 4_000, "test": 140}, "scenes-private": {"train": 4_000, "test": 140},
           "leaves": {"train": 40_000, "test": 1_000}}
 
@@ -125,8 +127,8 @@ def load_rendered(source: str, split: str) -> Dataset:
         return load_leaves(split)
     if source in scenes.KINDS:
         return load_scenes(source, split)
-    if source == "pen-letters":
-        return load_pen_letters(split)
+    if source in PENS:
+        return load_pen_letters(source, split)
     return load_glyphs(source, split) if source in ("letters", "digits") else load_captioned_glyphs(source, split)
 
 
@@ -138,11 +140,11 @@ def load_glyphs(source: str, split: str) -> Dataset:
     return Dataset(images[..., None], labels, list(characters))
 
 
-def load_pen_letters(split: str) -> Dataset:
+def load_pen_letters(source: str, split: str) -> Dataset:
     """Letters as written with a pen; kept in CACHE after the first time."""
-    count, seed = COUNTS["pen-letters"][split], {"train": 0, "test": 1}[split]
-    images, labels = cached(f"pen-letters-{split}-v2", ("images", "labels"),
-                            lambda: render_pen(LETTERS, PEN, count, seed))
+    count, seed = COUNTS[source][split], {"train": 0, "test": 1}[split]
+    images, labels = cached(f"{source}-{split}-v1", ("images", "labels"),
+                            lambda: render_pen(LETTERS, PENS[source], count, seed))
     return Dataset(images[..., None], labels, list(LETTERS))
 
 

@@ -5,11 +5,13 @@
 Where noise dominates, the sum of T steps holds T times the signal of one, B times the mean clipped gradient, and noise
 of sqrt(T) sigma C: a signal-to-noise ratio of sqrt(T) B / sigma, times the norm of that mean in units of C, which is
 what the gradients of all examples have in common. The first table is the former, with the preset's N = 60,000; the
-second the latter, for K noise draws per example and three C, of a public model on rendered digits, nobody's data.
+second the latter, for K noise draws per example and three C, of a public model on digits rendered as with a pen, which
+are nobody's data.
 """
 
 import argparse
 import math
+import string
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import dp_sgd  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
+from glyphs import PEN, render_pen  # noqa: E402
 from ldm import load_checkpoint, noise_draws, replace_embedder  # noqa: E402
 from train import encode_all  # noqa: E402
 from unet import private_parameter_names  # noqa: E402
@@ -53,12 +56,13 @@ def common_signal(model, parameters: dict, moments: torch.Tensor, labels: torch.
 
 def draws_table(public: Path, examples: int, draws: list[int], ranges: list[tuple[int, int]]) -> None:
     model, facts = load_checkpoint(public)
-    digits, config = data.load("digits", "train"), Config(**PRESETS["mnist"])
-    model = replace_embedder(model, data.starting_classes(digits.classes, facts["classes"]), 10).requires_grad_(False)
-    model.embedder.rescale(config.embedder_scale)
+    images, labels = render_pen(string.digits, PEN, examples, seed=0)
+    starts = data.starting_classes(list(string.digits), facts["classes"])
+    model = replace_embedder(model, starts, 10).requires_grad_(False)
+    model.embedder.rescale(Config(**PRESETS["mnist"]).embedder_scale)
     parameters = {name: model.get_parameter(name).clone() for name in private_parameter_names(model)}
-    moments = encode_all(model.vae, digits.images[:examples], torch.device("cpu"))
-    labels = torch.from_numpy(digits.labels[:examples])
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]     # 32x32, as MNIST is padded
+    moments, labels = encode_all(model.vae, images, torch.device("cpu")), torch.from_numpy(labels)
     print("\n| time steps | C | K | common signal / C | over that at K = 1 |\n|---|---|---|---|---|")
     for t in ranges:
         for C in (0.03, 0.1, 0.3):
