@@ -129,10 +129,11 @@ def flourish(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Hands differ in such things, so the same letter comes in several forms, of which a model has to learn to pick one.
     """
-    lowest, highest, any_one = points[points[:, 0].argmax()], points[points[:, 0].argmin()], rng.choice(points)
+    any_one = rng.choice(points)
     kind, along = rng.choice(["bar", "loop", "gap"]), np.linspace(-1, 1, 30)[:, None]
     if kind == "bar":     # across a stroke, or a foot or a head
         angle = rng.normal(0, 0.4)
+        lowest, highest = points[points[:, 0].argmax()], points[points[:, 0].argmin()]
         centre = (lowest, highest, any_one, any_one)[rng.integers(4)]
         return np.concatenate([points, centre + along * rng.uniform(0.1, 0.35) * [np.sin(angle), np.cos(angle)]])
     if kind == "loop":    # touches the letter
@@ -158,6 +159,7 @@ def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]],
     drawn = {name: rng.uniform(*limits, size=count) for name, limits in looks.items()}
     pixels = np.stack(np.meshgrid(np.arange(28), np.arange(28), indexing="ij"), -1).reshape(784, 2) - 13.5
     pixels = pixels.astype(np.float32)                               # [784, 2]: y, x
+    own_squares = (pixels**2).sum(1)[:, None]
     images = np.empty((count, 28, 28), np.uint8)
     for i in tqdm(range(count), desc="writing letters", unit_scale=True, disable=count < 5_000):
         look = {name: values[i] for name, values in drawn.items()}
@@ -174,11 +176,13 @@ def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]],
             points = points + size * np.sin(points @ waves + rng.uniform(0, 2 * np.pi, 4)) @ rng.normal(0, 0.5, (4, 2))
         points *= (20 - look["thickness"]) / np.ptp(points, axis=0).max()
         points = (points - (points.min(0) + points.max(0)) / 2).astype(np.float32)
+        squares = own_squares + (points**2).sum(1) - 2 * pixels @ points.T     # of distances [784, N]
         radii = look["thickness"] / 2
         if "pressure" in look:
             wave = points @ rng.normal(0, 0.15, 2).astype(np.float32) + rng.uniform(0, 2 * np.pi)
             radii *= 1 + look["pressure"] * np.sin(wave)
-        squares = (pixels**2).sum(1)[:, None] + (points**2).sum(1) - 2 * pixels @ points.T     # [784, N]
+        else:     # the nearest point decides, which saves most of the roots
+            squares = squares.min(1, keepdims=True)
         depth = (radii - np.sqrt(np.maximum(squares, 0))).max(1)
         ink = np.clip(0.5 + depth / look["softness"], 0.0, 1.0).reshape(28, 28)
         off_centre = np.rint(np.array(ndimage.center_of_mass(ink)) - 13.5).clip(-3, 3)   # 3 is the border
