@@ -324,7 +324,7 @@ END_TO_END_PLAN = PrivacyPlan(8, 4, 4, 4.0, 0.1, 1e-5)   # q = 1/2, T = 4, sigma
 
 
 def tiny_world(rng: np.random.Generator) -> tuple[LatentDiffusion, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(model, moments [N, 2C, h, w], labels int [N], canary's gradient [dim]); the last image is the canary.
+    """(model, z_0 [N, C, h, w], labels int [N], canary's gradient [dim]); the last image is the canary.
 
     It is the only one of class 1, as an attacker would choose: no other image's gradient touches that embedding.
     """
@@ -333,11 +333,11 @@ def tiny_world(rng: np.random.Generator) -> tuple[LatentDiffusion, torch.Tensor,
         nn.init.normal_(p, std=0.3)
     N = END_TO_END_PLAN.num_examples
     images = rng.integers(0, 256, (N, 8, 8, 1), dtype=np.uint8)
-    moments = train.encode_all(model.vae, images, END_TO_END.torch_device)
+    z_0 = train.encode_all(model, images, END_TO_END.torch_device)
     labels = (torch.arange(N) == N - 1).long()
-    draws = noise_draws(model, moments[-1:], labels[-1:], 256, 0.0, rng)
+    draws = noise_draws(model, z_0[-1:], labels[-1:], 256, 0.0, rng)
     model(*(x[0] for x in draws)).mean().backward()
-    return model, moments, labels, model.embedder.embedding.weight.grad[1].clone()
+    return model, z_0, labels, model.embedder.embedding.weight.grad[1].clone()
 
 
 def end_to_end_score(mechanism: Callable, world: tuple, canary_in: bool) -> float:
@@ -345,7 +345,7 @@ def end_to_end_score(mechanism: Callable, world: tuple, canary_in: bool) -> floa
 
     The neighbour is made by never drawing the canary: N and q are public and stay as they are.
     """
-    start, moments, labels, direction = world
+    start, z_0, labels, direction = world
     model, canary = copy.deepcopy(start), len(labels) - 1
 
     def sample(plan, rng):
@@ -354,7 +354,7 @@ def end_to_end_score(mechanism: Callable, world: tuple, canary_in: bool) -> floa
 
     with patch.object(train, "noisy_gradient", mechanism), patch.object(train, "poisson_sample", sample), \
             redirect_stderr(io.StringIO()):   # without the progress bars
-        train.train_private(model, moments, labels, private_parameter_names(model), END_TO_END_PLAN, END_TO_END)
+        train.train_private(model, z_0, labels, private_parameter_names(model), END_TO_END_PLAN, END_TO_END)
     moved = (model.embedder(labels[-1:]) - start.embedder(labels[-1:])).flatten()
     return -(moved @ direction.sign()).item()   # Adam follows signs
 

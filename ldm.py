@@ -177,9 +177,13 @@ class LatentDiffusion(nn.Module):
             return tokenise(names, self.architecture["text"]["length"])
         return torch.arange(len(names))
 
-    def latents(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Posterior moments [B, 2C, h, w] of the autoencoder -> sampled scaled latents [B, C, h, w]."""
-        return DiagonalGaussian(moments).sample(noise) * self.latent_scale
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, channels, H, W] in [-1, 1] -> scaled latents z_0 [B, C, h, w]: the mean of each one's posterior.
+
+        The official code takes a sample. But what the KL term has emptied of an image has variance 1 there, noise that
+        would be part of the gradient of every example, and that DP-SGD would clip along with the rest.
+        """
+        return DiagonalGaussian(self.vae.encode(x)).mean * self.latent_scale
 
     def forward(self, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Each example's loss mean((eps_hat(z_t, t, condition) - eps)^2) [B] (Ho et al. 2020, eq. 14).
@@ -229,34 +233,30 @@ class LatentDiffusion(nn.Module):
         return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
-def noise_draws(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, K: int, label_dropout: float,
+def noise_draws(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, K: int, label_dropout: float,
                 rng: np.random.Generator, favoured: tuple[int, int] | None = None) -> tuple[torch.Tensor, ...]:
-    """K random draws for each of B examples: z_0, t, eps and condition, each [B, K, ...].
+    """K random draws for each of B examples, z_0 [B, C, h, w] and labels int [B] or, of captions, [B, L].
+
+    Returns what the loss takes, z_0, t, eps and condition, each [B, K, ...].
 
     Time steps are uniform; with `favoured` (low, high) nine of ten are from low to high - 1, after Ghalebikesabi et al.
     2023, section 3 (arXiv 2302.13861): steps that are almost free of noise, or nothing but noise, teach little.
     The range is public: it must not be chosen by private data.
 
-    `moments` [B, 2C, h, w] are the autoencoder's, `labels` int [B] or, of captions, [B, L]. The draws of
-    different examples are independent, so that one more example in a batch leaves the others' gradients as they
-    were. In the private stage rng must be a secret one: the draws go by place in the batch, so that for whoever
+    The draws of different examples are independent, so that one more example in a batch leaves the others' gradients
+    as they were. In the private stage rng must be a secret one: the draws go by place in the batch, so that for whoever
     knew them one example more would shift those of all that follow it.
     """
-    B, T, device = len(moments), len(model.alphas_cumprod), moments.device
-    shape = (B * K, moments.shape[1] // 2, *moments.shape[2:])
-
-    def normal():
-        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
-
-    z_0 = model.latents(moments.repeat_interleave(K, dim=0), normal())
-    t = rng.integers(T, size=B * K)
+    B, T, device = len(z_0), len(model.alphas_cumprod), z_0.device
+    eps = torch.from_numpy(rng.standard_normal((B, K, *z_0.shape[1:]), dtype=np.float32)).to(device)
+    t = rng.integers(T, size=(B, K))
     if favoured:
-        t = np.where(rng.random(B * K) < 0.9, rng.integers(*favoured, size=B * K), t)
+        t = np.where(rng.random((B, K)) < 0.9, rng.integers(*favoured, size=(B, K)), t)
     t = torch.from_numpy(t).to(device)
-    dropped = torch.from_numpy(rng.random(B * K) < label_dropout).to(device)
-    condition = labels.repeat_interleave(K, dim=0)
-    condition = condition.masked_fill(dropped.view(-1, *[1] * (labels.dim() - 1)), model.embedder.null_class)
-    return tuple(x.reshape(B, K, *x.shape[1:]) for x in (z_0, t, normal(), condition))
+    dropped = torch.from_numpy(rng.random((B, K)) < label_dropout).to(device)
+    condition = labels[:, None].expand(B, K, *labels.shape[1:])
+    condition = condition.masked_fill(dropped.view(B, K, *[1] * (labels.dim() - 1)), model.embedder.null_class)
+    return z_0[:, None].expand_as(eps), t, eps, condition
 
 
 def ddim_timesteps(steps: int, total: int = 1000) -> list[int]:

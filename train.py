@@ -76,14 +76,14 @@ def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images, device: torch.device) -> torch.Tensor:
-    """Posterior moments [N, 2C, h, w] of all images, kept in memory for the whole training."""
+def encode_all(model: LatentDiffusion, images, device: torch.device) -> torch.Tensor:
+    """Scaled latents z_0 [N, C, h, w] of all images, kept in memory for the whole training."""
     batch = images_at_once(images.shape[1])
     starts = trange(0, len(images), batch, desc="encoding images", disable=len(images) < 8 * batch)
-    return torch.cat([vae.encode(to_pixels(images[i:i + batch], device)) for i in starts])
+    return torch.cat([model.encode(to_pixels(images[i:i + batch], device)) for i in starts])
 
 
-def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, config: Config) -> None:
+def train_diffusion(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, config: Config) -> None:
     """Train U-Net and embedder on public latents, in place; the model ends with the averaged weights."""
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr, fused=True)
@@ -92,8 +92,8 @@ def train_diffusion(model: LatentDiffusion, moments: torch.Tensor, labels: torch
     model.bf16 = config.bf16
     progress = trange(config.public_steps, desc="public diffusion")
     for step in progress:
-        chosen = torch.randint(len(moments), (share(config.public_batch),), device=moments.device)
-        batch = noise_draws(model, moments[chosen], labels[chosen], 1, config.label_dropout, rng)
+        chosen = torch.randint(len(z_0), (share(config.public_batch),), device=z_0.device)
+        batch = noise_draws(model, z_0[chosen], labels[chosen], 1, config.label_dropout, rng)
         loss = model(*(x.squeeze(1) for x in batch)).mean()
         optimizer.param_groups[0]["lr"] = config.public_lr * lr_at(step, config.public_steps)
         optimizer.zero_grad()
@@ -132,12 +132,11 @@ def run_public(config: Config, target: Path) -> None:
     else:
         train_autoencoder(model.vae, dataset.images, config)
         save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config))
-    moments = encode_all(model.vae, dataset.images, device)
-    if not config.init:
-        model.latent_scale.copy_(1.0 / model.latents(moments).std())   # the scale is still 1 here
-    if dist.is_initialized():   # each process drew its own latents for that
-        dist.broadcast(model.latent_scale, 0)
-    train_diffusion(model, moments, config.conditions(dataset).to(device), config)
+    z_0 = encode_all(model, dataset.images, device)
+    if not config.init:   # the scale is still 1 here
+        model.latent_scale.copy_(1.0 / z_0.std())
+        z_0 *= model.latent_scale
+    train_diffusion(model, z_0, config.conditions(dataset).to(device), config)
     if config.has_captions:
         model.embedder.start_unseen(dataset.captions, data.LOOKALIKES)
     save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
@@ -171,7 +170,7 @@ def restore(state: dict, parameters: Tensors, optimizer: torch.optim.Optimizer, 
     ema.step = state["steps"]
 
 
-def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor, names: list[str],
+def train_private(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, names: list[str],
                   plan: PrivacyPlan, config: Config, state: dict | None = None,
                   keep: Callable[[dict], None] = lambda state: None) -> None:
     """DP-SGD on the parameters `names`, in place; the model ends with the averaged weights.
@@ -194,7 +193,7 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
 
     loss = model if config.engine == "ghost" else example_loss
     chunk = int(config.chunk) if config.chunk != "auto" else dp_sgd.largest_chunk(
-        loss, parameters, made_up_example(model, moments, labels, config.noise_draws), most=plan.expected_batch)
+        loss, parameters, made_up_example(model, z_0, labels, config.noise_draws), most=plan.expected_batch)
     progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
     with stop_after_step() as stop:
         for step in progress:
@@ -205,8 +204,8 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
             if stop_now:
                 raise KeyboardInterrupt(f"stopped after {step} of {plan.steps} steps: the same command with --resume "
                                         "goes on from here")
-            chosen = poisson_sample(plan, rng).to(moments.device)
-            batch = noise_draws(model, moments[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng,
+            chosen = poisson_sample(plan, rng).to(z_0.device)
+            batch = noise_draws(model, z_0[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng,
                                 config.private_timesteps)
             gradient = noisy_gradient(loss, parameters, batch, plan, chunk, rng)
             for name, p in parameters.items():
@@ -220,10 +219,10 @@ def train_private(model: LatentDiffusion, moments: torch.Tensor, labels: torch.T
     model.load_state_dict(ema.shadow, strict=False)
 
 
-def made_up_example(model: LatentDiffusion, moments: torch.Tensor, labels: torch.Tensor,
+def made_up_example(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
                     K: int) -> tuple[torch.Tensor, ...]:
     """Draws, as of noise_draws, of an example that has only the shape in common with the private ones."""
-    example = torch.zeros_like(moments[:1]), torch.zeros_like(labels[:1])
+    example = torch.zeros_like(z_0[:1]), torch.zeros_like(labels[:1])
     return noise_draws(model, *example, K, 0.0, np.random.default_rng())
 
 
@@ -308,8 +307,8 @@ def run_private(config: Config, public: Path, target: Path) -> None:
     def keep(state: dict) -> None:
         save_private(unfinished, model, **facts_after(state["steps"]), training=state)
 
-    moments = encode_all(model.vae, dataset.images, config.torch_device)
-    train_private(model, moments, config.conditions(dataset).to(config.torch_device), names, plan, config, state, keep)
+    z_0 = encode_all(model, dataset.images, config.torch_device)
+    train_private(model, z_0, config.conditions(dataset).to(config.torch_device), names, plan, config, state, keep)
     save_private(target, model, **facts_after(plan.steps))
     if rank_and_world()[0] == 0:   # the one that has written `target`
         for leftover in (unfinished, dp_sgd.privacy_json(unfinished)):

@@ -265,7 +265,7 @@ class AutoencoderVQ(nn.Module):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, C, H, W] in [-1, 1] -> moments [B, 2*embed_dim, h, w]: the latents, and log variance -30.
 
-        That is DiagonalGaussian's least: its noise, 3e-7, is about what float32 rounds a latent by.
+        That is DiagonalGaussian's least.
         """
         z = self.quant_conv(self.encoder(x))
         return torch.cat([z, torch.full_like(z, -30.0)], dim=1)

@@ -39,15 +39,15 @@ def budget_table(epsilons: list[float], batches: list[int], steps: list[int], N:
             print(f"| {B} | {' | '.join(cells)} |")
 
 
-def common_signal(model, parameters: dict, moments: torch.Tensor, labels: torch.Tensor, K: int, C: float,
+def common_signal(model, parameters: dict, z_0: torch.Tensor, labels: torch.Tensor, K: int, C: float,
                   favoured: tuple[int, int]) -> float:
     """Norm of the mean clipped gradient in units of C, from two halves of the examples, whose own noise cancels.
 
-    moments [N, 2C, h, w] and labels [N] are of public or made-up examples.
+    z_0 [N, C, h, w] and labels [N] are of public or made-up examples.
     """
     halves = []
     for half in (0, 1):
-        batch = noise_draws(model, moments[half::2], labels[half::2], K, 0.1, np.random.default_rng(2 * K + half),
+        batch = noise_draws(model, z_0[half::2], labels[half::2], K, 0.1, np.random.default_rng(2 * K + half),
                             favoured)
         halves.append(dp_sgd.clipped_gradient_sum(model, parameters, batch, C, max(1, 256 // K)))
     product = sum((a * b).sum().item() for a, b in zip(halves[0].values(), halves[1].values(), strict=True))
@@ -62,11 +62,11 @@ def draws_table(public: Path, examples: int, draws: list[int], ranges: list[tupl
     model.embedder.rescale(Config(**PRESETS["mnist"]).embedder_scale)
     parameters = {name: model.get_parameter(name).clone() for name in private_parameter_names(model)}
     images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]     # 32x32, as MNIST is padded
-    moments, labels = encode_all(model.vae, images, torch.device("cpu")), torch.from_numpy(labels)
+    z_0, labels = encode_all(model, images, torch.device("cpu")), torch.from_numpy(labels)
     print("\n| time steps | C | K | common signal / C | over that at K = 1 |\n|---|---|---|---|---|")
     for t in ranges:
         for C in (0.03, 0.1, 0.3):
-            found = {K: common_signal(model, parameters, moments, labels, K, C, t) for K in draws}
+            found = {K: common_signal(model, parameters, z_0, labels, K, C, t) for K in draws}
             for K in draws:
                 print(f"| {t[0]} to {t[1]} | {C:g} | {K} | {found[K]:.3f} | {found[K] / found[draws[0]]:.2f} |",
                       flush=True)

@@ -55,7 +55,7 @@ def measure(preset: str, chunk: int, examples: int) -> dict:
     for p in model.unet.parameters():   # no zeros: the outermost layers would stop every gradient
         nn.init.normal_(p, std=0.02)
     side = config.image_size // 2 ** (len(config.vae_mult) - 1)
-    moments = torch.randn(examples, 2 * config.latent_channels, side, side)
+    z_0 = torch.randn(examples, config.latent_channels, side, side)
     plan = dp_sgd.PrivacyPlan(examples, examples, 2, 1.0, config.max_grad_norm, config.delta)   # takes every example
     sums, starts = [], []
     clipped_gradient_sum = dp_sgd.clipped_gradient_sum
@@ -67,11 +67,11 @@ def measure(preset: str, chunk: int, examples: int) -> dict:
         return total
 
     dp_sgd.clipped_gradient_sum = timed
-    train_private(model, moments, torch.zeros(examples, dtype=torch.long),
+    train_private(model, z_0, torch.zeros(examples, dtype=torch.long),
                   private_parameter_names(model, config.attention_blocks, config.context_tokens), plan, config,
                   keep=lambda state: starts.append(time.process_time()))
     return dict(example=sums[1] / examples, rest=time.process_time() - starts[1] - sums[1],
-                bytes=dp_sgd.peak_memory(moments.device))
+                bytes=dp_sgd.peak_memory(z_0.device))
 
 
 def estimate(preset: str, chunk: int) -> float:

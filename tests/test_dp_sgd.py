@@ -110,7 +110,7 @@ def tiny_model(randomise: bool = True) -> LatentDiffusion:
 
 def tiny_data(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
-    return torch.randn(count, 8, 4, 4, dtype=torch.float64, generator=g), torch.arange(count) % NUM_CLASSES
+    return torch.randn(count, 4, 4, 4, dtype=torch.float64, generator=g), torch.arange(count) % NUM_CLASSES
 
 
 def seed_everything() -> None:
@@ -189,13 +189,13 @@ def test_an_examples_gradient_does_not_depend_on_the_rest_of_its_batch():
     model = tiny_model()
     names = private_parameter_names(model)
     parameters = [p for name, p in model.named_parameters() if name in set(names)]
-    moments, labels = tiny_data(5)
-    others = torch.cat([moments[:1], 100 * moments[1:].flip(0)]), torch.cat([labels[:1], 2 - labels[1:]])
+    z_0, labels = tiny_data(5)
+    others = torch.cat([z_0[:1], 100 * z_0[1:].flip(0)]), torch.cat([labels[:1], 2 - labels[1:]])
     gradients = []
-    for m, l in ((moments, labels), others):
+    for z, l in ((z_0, labels), others):
         seed_everything()
-        z_0, t, eps, condition = (x[:, 0] for x in train.noise_draws(model, m, l, 1, 0.1, np.random.default_rng(0)))
-        gradients.append(torch.autograd.grad(model(z_0, t, eps, condition)[0], parameters))
+        draws = (x[:, 0] for x in train.noise_draws(model, z, l, 1, 0.1, np.random.default_rng(0)))
+        gradients.append(torch.autograd.grad(model(*draws)[0], parameters))
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -206,23 +206,23 @@ def test_the_diffusion_noise_of_a_private_run_does_not_follow_the_global_seeds(p
         seed_everything()
         train.train_private(tiny_model(), *tiny_data(4), [*EMBEDDER], make(1.0, N=4, expected_batch=4), TINY)
     one, other = (batch for _, _, batch, _ in private_calls)
-    for place in (0, 1, 2):   # z_0, t, eps
+    for place in (1, 2):   # t, eps
         assert not torch.equal(one[place], other[place])
 
 
 def test_examples_and_draws_share_no_randomness():
-    moments, labels = tiny_data(1)
-    z_0, t, eps, _ = train.noise_draws(tiny_model(), moments.expand(4, -1, -1, -1), labels.expand(4), 3, 0.1,
-                                    np.random.default_rng(0))
-    for draws in (z_0, eps):   # 4 equal examples with 3 draws each: 12 different draws
-        assert len(draws.flatten(0, 1).flatten(1).unique(dim=0)) == 12
+    z_0, labels = tiny_data(1)
+    same, t, eps, _ = train.noise_draws(tiny_model(), z_0.expand(4, -1, -1, -1), labels.expand(4), 3, 0.1,
+                                        np.random.default_rng(0))
+    # 4 equal examples with 3 draws each: 12 different draws
+    assert len(eps.flatten(0, 1).flatten(1).unique(dim=0)) == 12 and (same == z_0).all()
     assert len(t.unique()) > 6   # of 1,000 time steps
 
 
 @pytest.mark.parametrize("favoured, share", [((200, 300), 0.91), ((0, 1_000), 0.1), (None, 0.1)])
 def test_nine_of_ten_time_steps_are_in_the_favoured_range(favoured, share):
-    moments, labels = tiny_data(1)
-    t = train.noise_draws(tiny_model(), moments, labels, 20_000, 0.1, np.random.default_rng(0), favoured)[1]
+    z_0, labels = tiny_data(1)
+    t = train.noise_draws(tiny_model(), z_0, labels, 20_000, 0.1, np.random.default_rng(0), favoured)[1]
     assert ((t >= 200) & (t < 300)).float().mean() == pytest.approx(share, abs=0.01)
     assert len(t.unique()) == 1_000 or favoured == (200, 300)
     assert t.min() < 10 and t.max() >= 990   # the others are of any time step
@@ -544,9 +544,8 @@ def batches_of_a_run(private_calls, plan: PrivacyPlan) -> list[list[int]]:
     private_calls.stub = True
     private_calls.clear()
     seed_everything()
-    means = torch.arange(float(plan.num_examples)).reshape(-1, 1, 1, 1).expand(-1, 4, 4, 4)   # example i has latent i
-    moments = torch.cat([means, torch.full_like(means, -30.0)], dim=1)
-    train.train_private(tiny_model(), moments, torch.zeros(plan.num_examples, dtype=torch.long), [*EMBEDDER], plan,
+    z_0 = torch.arange(float(plan.num_examples)).reshape(-1, 1, 1, 1).expand(-1, 4, 4, 4)   # example i has latent i
+    train.train_private(tiny_model(), z_0, torch.zeros(plan.num_examples, dtype=torch.long), [*EMBEDDER], plan,
                         dataclasses.replace(TINY, seed=0))
     return [batch[0][:, 0, 0, 0, 0].round().int().tolist() for _, _, batch, _ in private_calls]
 
@@ -666,10 +665,9 @@ def test_nonsense_for_the_attention_blocks_is_refused(blocks):
 
 def test_with_one_context_token_the_parameters_left_out_have_no_effect():
     """Exactly the trained parameters of the attention modules have a gradient; the others' is exactly zero."""
-    model, (moments, labels) = tiny_model(), tiny_data(4)
-    draws = train.noise_draws(model, moments, labels, 1, 0.0, np.random.default_rng(0))
-    z_0, t, eps, condition = (x[:, 0] for x in draws)
-    model(z_0, t, eps, condition).sum().backward()
+    model = tiny_model()
+    draws = train.noise_draws(model, *tiny_data(4), 1, 0.0, np.random.default_rng(0))
+    model(*(x[:, 0] for x in draws)).sum().backward()
     candidates = private_parameter_names(model, context_tokens=2)
     gradients = {name: p.grad for name, p in model.named_parameters() if name in set(candidates)}
     assert {name for name, g in gradients.items() if g.any()} == set(private_parameter_names(model, context_tokens=1))

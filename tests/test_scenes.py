@@ -297,11 +297,11 @@ def test_images_are_encoded_and_decoded_few_at_a_time_where_they_are_large(monke
     model = LatentDiffusion(dict(vae=vae, unet=unet, num_classes=2, linear_start=0.0015, linear_end=0.0195)).eval()
     images = np.random.default_rng(0).integers(256, size=(together + 2, size, size, 1), dtype=np.uint8)
     with torch.no_grad():
-        whole = model.vae.encode(train.to_pixels(images, torch.device("cpu")))
+        whole = model.encode(train.to_pixels(images, torch.device("cpu")))
     sizes = []
     for module in (model.vae.encoder, model.vae.decoder):
         module.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
-    parts = train.encode_all(model.vae, images, torch.device("cpu"))
+    parts = train.encode_all(model, images, torch.device("cpu"))
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     assert sizes == [together, 2]
     assert model.generate(torch.zeros(together + 2, dtype=torch.long), 1).shape == images.shape
