@@ -8,6 +8,7 @@
     digits      rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
     pen-letters rendered letters as written with a pen, thin to thick, public (60,000 train, 5,000 test)
     pen-letters-varied  the same in several forms each, and with strokes of varying thickness, public (as many)
+    pen-characters  the letters and 948 invented characters, as written with a pen, public (as many)
     captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
     scenes      letters and shapes on textured backgrounds, 256x256, public (4,000 train, 140 test), with captions
@@ -41,7 +42,7 @@ CACHE = Path(__file__).resolve().parent / "data" / "cache"
 # The letter that each digit 0-9 looks most like: a public starting point for the digits' embeddings.
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
 SHAPES_ALIKE = {"hexagon": "circle", "heart": "triangle", "cross": "square", "star": "diamond"}   # scenes' shapes
-PENS = {"pen-letters": PEN, "pen-letters-varied": VARIED_PEN}
+PENS = {"pen-letters": (PEN, 0), "pen-letters-varied": (VARIED_PEN, 0), "pen-characters": (PEN, 948)}
 GLYPHS = ("letters", "digits", *PENS, "captioned-letters", "captioned-digits")
 RENDERED = (*GLYPHS, *scenes.KINDS, "leaves")
 GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
@@ -128,7 +129,7 @@ def load_rendered(source: str, split: str) -> Dataset:
     if source in scenes.KINDS:
         return load_scenes(source, split)
     if source in PENS:
-        return load_pen_letters(source, split)
+        return load_pen(source, split)
     return load_glyphs(source, split) if source in ("letters", "digits") else load_captioned_glyphs(source, split)
 
 
@@ -140,12 +141,12 @@ def load_glyphs(source: str, split: str) -> Dataset:
     return Dataset(images[..., None], labels, list(characters))
 
 
-def load_pen_letters(source: str, split: str) -> Dataset:
-    """Letters as written with a pen; kept in CACHE after the first time."""
-    count, seed = COUNTS[source][split], {"train": 0, "test": 1}[split]
+def load_pen(source: str, split: str) -> Dataset:
+    """Letters, and perhaps invented characters, as written with a pen; kept in CACHE after the first time."""
+    count, seed, (looks, invented) = COUNTS[source][split], {"train": 0, "test": 1}[split], PENS[source]
     images, labels = cached(f"{source}-{split}-v1", ("images", "labels"),
-                            lambda: render_pen(LETTERS, PENS[source], count, seed))
-    return Dataset(images[..., None], labels, list(LETTERS))
+                            lambda: render_pen(LETTERS, looks, count, seed, invented))
+    return Dataset(images[..., None], labels, [*LETTERS, *(f"invented {k}" for k in range(invented))])
 
 
 def load_captioned_glyphs(source: str, split: str) -> Dataset:

@@ -124,6 +124,29 @@ def middle_lines(character: str) -> np.ndarray:
     return np.stack([points, near @ points / near.sum(1, keepdims=True)])
 
 
+def invent(rng: np.random.Generator) -> np.ndarray:
+    """The lines of a character of no script: points [2, N, 2] like those of middle_lines, but both the same.
+
+    One or two strokes of a pen, each of one to four arcs, straight to closed, that go on smoothly or turn a corner.
+    """
+    strokes: list[np.ndarray] = []
+    for most in (4, 2)[:rng.integers(1, 3)]:
+        heading = rng.uniform(0, 2 * np.pi)
+        place = rng.choice(strokes[0]) if strokes else np.zeros(2)
+        for arc in range(rng.integers(1, most + 1)):
+            heading += rng.uniform(1.5, 4.8) if arc and rng.random() < 0.5 else 0.0
+            length, turn = rng.uniform(0.4, 1.2), rng.uniform(-6.5, 6.5) * (rng.random() < 0.7)
+            angles = heading + turn * np.linspace(0, 1, 60)
+            steps = length / 60 * np.stack([np.sin(angles), np.cos(angles)], axis=1)
+            strokes.append(place + np.cumsum(steps, axis=0))
+            place, heading = strokes[-1][-1], angles[-1]
+    points = np.concatenate(strokes)
+    low, high = points.min(0), points.max(0)
+    sides = high - low
+    points = (points - (low + high) / 2) / np.where(sides > sides.max() / 3, sides, sides.max())   # lines stay lines
+    return np.stack([points, points])
+
+
 def flourish(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Points [N, 2] (y, x) of a letter of size 1 with a bar or a loop more, or with a gap: [M, 2].
 
@@ -144,17 +167,18 @@ def flourish(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]], count: int,
-               seed: int) -> tuple[np.ndarray, np.ndarray]:
+               seed: int, invented: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """`count` characters as written with a pen: images uint8 [count, 28, 28], labels [count]; `looks` as in PEN
-    or VARIED_PEN.
+    or VARIED_PEN. After the `characters` come some invented ones, the same for every seed.
 
     The points of the middle lines move, not the image, so a narrow letter's strokes stay as thick as the pen is.
     Size and place are those of MNIST as its authors describe them: 20 pixels for the longer side, then moved by
     whole pixels so that the centre of mass is in the middle.
     """
     rng = np.random.default_rng(seed)
-    lines = [middle_lines(c) for c in characters]
-    labels = np.arange(count) % len(characters)
+    inventor = np.random.default_rng(0)
+    lines = [middle_lines(c) for c in characters] + [invent(inventor) for _ in range(invented)]
+    labels = np.arange(count) % len(lines)
     rng.shuffle(labels)
     drawn = {name: rng.uniform(*limits, size=count) for name, limits in looks.items()}
     pixels = np.stack(np.meshgrid(np.arange(28), np.arange(28), indexing="ij"), -1).reshape(784, 2) - 13.5

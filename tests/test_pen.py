@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 import data
-from glyphs import LETTERS, PEN, VARIED_PEN, flourish, middle_lines, render_pen, thin
+from glyphs import LETTERS, PEN, VARIED_PEN, flourish, invent, middle_lines, render_pen, thin
 
 STILL = {**{name: (0, 0) for name in VARIED_PEN}, "aspect": (1, 1), "softness": (1, 1), "thickness": (2, 2)}
 EIGHT = np.ones((3, 3))     # neighbours across corners too
@@ -132,13 +132,33 @@ def test_pressure_makes_a_stroke_thicker_in_some_places_than_in_others():
     assert np.median(uneven[:, rows].sum(2, dtype=float).std(1)) > 30
 
 
+def test_invented_characters_are_connected_lines_in_a_box_of_size_one():
+    rng = np.random.default_rng(0)
+    for points, same in (invent(rng) for _ in range(200)):
+        assert (points == same).all() and 60 <= len(points) <= 360
+        assert points.max(0) == pytest.approx(-points.min(0)) and np.ptp(points, axis=0).max() == pytest.approx(1)
+        image = np.zeros((60, 60), bool)
+        image[tuple(np.rint(25 * points + 30).astype(int).T)] = True
+        assert ndimage.label(ndimage.binary_dilation(image, EIGHT, iterations=2), EIGHT)[1] == 1
+
+
+def test_invented_characters_come_after_the_letters_and_are_the_same_for_every_seed():
+    one, other = (render_pen("ab", STILL, 50, seed, invented=3) for seed in (0, 1))
+    assert (np.bincount(one[1]) == 10).all() and len(np.bincount(one[1])) == 5
+    for label in range(5):     # nothing varies in these looks, so there is one image of each
+        images = {image.tobytes() for i, l in (one, other) for image in i[l == label]}
+        assert len(images) == 1
+    assert len({image.tobytes() for image in one[0]}) == 5
+
+
 @pytest.mark.parametrize("name", data.PENS)
 def test_pen_letters_by_name(name, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path)
     monkeypatch.setattr(data, "COUNTS", {name: {"train": 60, "test": 60}})
     train, test = (data.load(name, split) for split in ("train", "test"))
     assert train.images.shape == test.images.shape == (60, 32, 32, 1)
-    assert train.classes == list(LETTERS) and not set(train.classes) & set(string.digits)
+    assert train.classes[:52] == list(LETTERS) and not set(train.classes) & set(string.digits)
+    assert len(set(train.classes)) == len(train.classes) == 52 + data.PENS[name][1]
     assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
     monkeypatch.setattr(data, "render_pen", None)
     assert (data.load(name, "train").images == train.images).all()      # from the cache
