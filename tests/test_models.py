@@ -697,7 +697,7 @@ def test_guidance_one_costs_one_network_evaluation(model, monkeypatch):
 def test_latents_are_posterior_means_times_the_scale(model):
     model.latent_scale.fill_(5.0)
     mean, images = randn(2, 3, 4, 4), randn(2, 1, 8, 8)
-    model.vae.encode = lambda x: torch.cat([mean, torch.zeros_like(mean)], 1)   # a spread of 1, which no sample shows
+    model.vae.encode = lambda x: torch.cat([mean, torch.zeros_like(mean)], 1)   # whose spread, 1, no latent has
     assert torch.equal(model.encode(images), 5.0 * mean)
 
 
