@@ -111,14 +111,18 @@ def thin(inside: np.ndarray) -> np.ndarray:
     return inside
 
 
+def centred(points: np.ndarray) -> np.ndarray:
+    """Points [N, 2], moved so that the middle of their box is at the origin."""
+    return points - (points.min(0) + points.max(0)) / 2
+
+
 def middle_lines(character: str) -> np.ndarray:
     """Points [2, N, 2] (y, x) on the middle lines of a character's strokes: as they are, and with corners rounded.
 
     The character's box is centred, its longer side 1. A rounded point is a mean of those around it.
     """
     points = np.argwhere(thin(signed_distance(character) > 0)).astype(np.float64)
-    low, high = points.min(0), points.max(0)
-    points = (points - (low + high) / 2) / (high - low).max()
+    points = centred(points) / np.ptp(points, axis=0).max()
     # Also shortens ends and bends bars towards the strokes that they meet, as a hurried hand does.
     near = np.exp(-((points[:, None] - points) ** 2).sum(-1) / (2 * 0.12**2))
     return np.stack([points, near @ points / near.sum(1, keepdims=True)])
@@ -129,21 +133,20 @@ def invent(rng: np.random.Generator) -> np.ndarray:
 
     One or two strokes of a pen, each of one to four arcs, straight to closed, that go on smoothly or turn a corner.
     """
-    strokes: list[np.ndarray] = []
+    arcs: list[np.ndarray] = []
     for most in (4, 2)[:rng.integers(1, 3)]:
         heading = rng.uniform(0, 2 * np.pi)
-        place = rng.choice(strokes[0]) if strokes else np.zeros(2)
-        for arc in range(rng.integers(1, most + 1)):
-            heading += rng.uniform(1.5, 4.8) if arc and rng.random() < 0.5 else 0.0
+        place = rng.choice(arcs[0]) if arcs else np.zeros(2)
+        for corner in range(rng.integers(1, most + 1)):
+            heading += rng.uniform(1.5, 4.8) if corner and rng.random() < 0.5 else 0.0
             length, turn = rng.uniform(0.4, 1.2), rng.uniform(-6.5, 6.5) * (rng.random() < 0.7)
             angles = heading + turn * np.linspace(0, 1, 60)
             steps = length / 60 * np.stack([np.sin(angles), np.cos(angles)], axis=1)
-            strokes.append(place + np.cumsum(steps, axis=0))
-            place, heading = strokes[-1][-1], angles[-1]
-    points = np.concatenate(strokes)
-    low, high = points.min(0), points.max(0)
-    sides = high - low
-    points = (points - (low + high) / 2) / np.where(sides > sides.max() / 3, sides, sides.max())   # lines stay lines
+            arcs.append(place + np.cumsum(steps, axis=0))
+            place, heading = arcs[-1][-1], angles[-1]
+    points = np.concatenate(arcs)
+    sides = np.ptp(points, axis=0)
+    points = centred(points) / np.where(sides > sides.max() / 3, sides, sides.max())   # lines stay lines
     return np.stack([points, points])
 
 
@@ -199,7 +202,7 @@ def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]],
             waves = rng.uniform(-frequency, frequency, (2, 4))
             points = points + size * np.sin(points @ waves + rng.uniform(0, 2 * np.pi, 4)) @ rng.normal(0, 0.5, (4, 2))
         points *= (20 - look["thickness"]) / np.ptp(points, axis=0).max()
-        points = (points - (points.min(0) + points.max(0)) / 2).astype(np.float32)
+        points = centred(points).astype(np.float32)
         squares = own_squares + (points**2).sum(1) - 2 * pixels @ points.T     # of distances [784, N]
         radii = look["thickness"] / 2
         if "pressure" in look:
