@@ -7,8 +7,7 @@
     letters     rendered letters A-Z a-z, the public data           (40,000 train, 5,000 test)
     digits      rendered digits in another style, embedded "private" data  (20,000 train, 5,000 test)
     pen-letters rendered letters as written with a pen, thin to thick, public (60,000 train, 5,000 test)
-    pen-letters-varied  the same in several forms each, and with strokes of varying thickness, public (as many)
-    pen-characters  the letters and 948 invented characters, as written with a pen, public (as many)
+    pen-letters-varied  these also turned or mirrored (208 classes), some with a bar or a loop more, public (as many)
     captioned-letters, captioned-digits     others, for models with captions: "a thin digit 7 leaning right"; training
                 digits lack some combinations of digit, weight and slant (glyphs.held_out), test digits do not
     scenes      letters and shapes on textured backgrounds, 256x256, public (4,000 train, 140 test), with captions
@@ -36,13 +35,14 @@ import folders
 import formats
 import scenes
 from formats import Dataset, read_arrays
-from glyphs import LETTERS, PEN, STYLES, VARIED_PEN, render, render_captioned, render_pen
+from glyphs import LETTERS, PEN, STYLES, TURNED_LETTERS, VARIED_PEN, render, render_captioned, render_pen
 
 CACHE = Path(__file__).resolve().parent / "data" / "cache"
 # The letter that each digit 0-9 looks most like: a public starting point for the digits' embeddings.
 LOOKALIKES = dict(zip("0123456789", "OlZBASbTBq", strict=True))
 SHAPES_ALIKE = {"hexagon": "circle", "heart": "triangle", "cross": "square", "star": "diamond"}   # scenes' shapes
-PENS = {"pen-letters": (PEN, 0), "pen-letters-varied": (VARIED_PEN, 0), "pen-characters": (PEN, 948)}
+TURNED_LOOKALIKES = {"3": "E mirrored", "4": "h turned", "7": "L turned"}   # more alike, where there are such
+PENS = {"pen-letters": (PEN, LETTERS), "pen-letters-varied": (VARIED_PEN, TURNED_LETTERS)}   # looks, characters
 GLYPHS = ("letters", "digits", *PENS, "captioned-letters", "captioned-digits")
 RENDERED = (*GLYPHS, *scenes.KINDS, "leaves")
 GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
@@ -98,8 +98,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
 
 def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
     """For every private class the public one it starts from: its namesake or lookalike; None if one has none."""
-    known = {**LOOKALIKES, **SHAPES_ALIKE}
-    alike = {c: (c, known.get(c, ""), known.get(c, "").upper()) for c in private}   # some sets have no small letters
+    known = {**LOOKALIKES, **SHAPES_ALIKE}   # some sets have no small letters
+    alike = {c: (c, TURNED_LOOKALIKES.get(c, ""), known.get(c, ""), known.get(c, "").upper()) for c in private}
     names = [next((n for n in alike[c] if n in public), None) for c in private]
     return None if None in names else [public.index(n) for n in names]
 
@@ -142,11 +142,11 @@ def load_glyphs(source: str, split: str) -> Dataset:
 
 
 def load_pen(source: str, split: str) -> Dataset:
-    """Letters, and perhaps invented characters, as written with a pen; kept in CACHE after the first time."""
-    count, seed, (looks, invented) = COUNTS[source][split], {"train": 0, "test": 1}[split], PENS[source]
-    images, labels = cached(f"{source}-{split}-v1", ("images", "labels"),
-                            lambda: render_pen(LETTERS, looks, count, seed, invented))
-    return Dataset(images[..., None], labels, [*LETTERS, *(f"invented {k}" for k in range(invented))])
+    """Letters as written with a pen; kept in CACHE after the first time."""
+    count, seed, (looks, characters) = COUNTS[source][split], {"train": 0, "test": 1}[split], PENS[source]
+    images, labels = cached(f"{source}-{split}-v2", ("images", "labels"),
+                            lambda: render_pen(characters, looks, count, seed))
+    return Dataset(images[..., None], labels, list(characters))
 
 
 def load_captioned_glyphs(source: str, split: str) -> Dataset:

@@ -14,6 +14,9 @@ from scipy import ndimage
 from tqdm import tqdm
 
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
+# Signs of y and x. A turned L looks like a 7, a mirrored E like a 3.
+FORMS = {"": (1, 1), "mirrored": (1, -1), "turned": (-1, -1), "flipped": (-1, 1)}
+TURNED_LETTERS = [f"{letter} {form}".strip() for form in FORMS for letter in LETTERS]
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,7 @@ STYLES = {
 # are long and short waves of the hand in letter sizes. General knowledge of handwriting: measured on no data.
 PEN = {"aspect": (0.45, 1.15), "rotation": (-12, 12), "shear": (-0.3, 0.7), "thickness": (1.2, 4.0),
        "softness": (0.9, 1.4), "roundness": (0.0, 1.0), "warp": (0.0, 0.15), "wobble": (0.0, 0.02)}
-# Pressure is the share by which a stroke's thickness varies, flourishes (rounded down) how many are added or left out.
-VARIED_PEN = {**PEN, "softness": (0.9, 1.8), "pressure": (0.0, 0.6), "flourishes": (0.0, 2.0)}
+VARIED_PEN = {**PEN, "flourishes": (0.0, 1.6)}   # how many bars and loops are added, rounded down
 
 # Words of captions, and what they mean for the weight and the shear of a glyph. The ranges do not touch.
 WEIGHTS = {"thin": (-0.6, -0.3), "medium": (0.15, 0.45), "bold": (1.0, 1.4)}
@@ -116,71 +118,49 @@ def centred(points: np.ndarray) -> np.ndarray:
     return points - (points.min(0) + points.max(0)) / 2
 
 
-def middle_lines(character: str) -> np.ndarray:
+def middle_lines(name: str) -> np.ndarray:
     """Points [2, N, 2] (y, x) on the middle lines of a character's strokes: as they are, and with corners rounded.
 
-    The character's box is centred, its longer side 1. A rounded point is a mean of those around it.
+    `name` is the character, or one of TURNED_LETTERS. Its box is centred, its longer side 1. A rounded point is a mean
+    of those around it.
     """
-    points = np.argwhere(thin(signed_distance(character) > 0)).astype(np.float64)
+    character, _, form = name.partition(" ")
+    points = np.argwhere(thin(signed_distance(character) > 0)) * np.array(FORMS[form], float)
     points = centred(points) / np.ptp(points, axis=0).max()
     # Also shortens ends and bends bars towards the strokes that they meet, as a hurried hand does.
     near = np.exp(-((points[:, None] - points) ** 2).sum(-1) / (2 * 0.12**2))
     return np.stack([points, near @ points / near.sum(1, keepdims=True)])
 
 
-def invent(rng: np.random.Generator) -> np.ndarray:
-    """The lines of a character of no script: points [2, N, 2] like those of middle_lines, but both the same.
-
-    One or two strokes of a pen, each of one to four arcs, straight to closed, that go on smoothly or turn a corner.
-    """
-    arcs: list[np.ndarray] = []
-    for most in (4, 2)[:rng.integers(1, 3)]:
-        heading = rng.uniform(0, 2 * np.pi)
-        place = rng.choice(arcs[0]) if arcs else np.zeros(2)
-        for corner in range(rng.integers(1, most + 1)):
-            heading += rng.uniform(1.5, 4.8) if corner and rng.random() < 0.5 else 0.0
-            length, turn = rng.uniform(0.4, 1.2), rng.uniform(-6.5, 6.5) * (rng.random() < 0.7)
-            angles = heading + turn * np.linspace(0, 1, 60)
-            steps = length / 60 * np.stack([np.sin(angles), np.cos(angles)], axis=1)
-            arcs.append(place + np.cumsum(steps, axis=0))
-            place, heading = arcs[-1][-1], angles[-1]
-    points = np.concatenate(arcs)
-    sides = np.ptp(points, axis=0)
-    points = centred(points) / np.where(sides > sides.max() / 3, sides, sides.max())   # lines stay lines
-    return np.stack([points, points])
-
-
 def flourish(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Points [N, 2] (y, x) of a letter of size 1 with a bar or a loop more, or with a gap: [M, 2].
+    """Points [N, 2] (y, x) of a letter of size 1 with a bar or, half as often, a loop more: [M, 2].
 
     Hands differ in such things, so the same letter comes in several forms, of which a model has to learn to pick one.
     """
     any_one = rng.choice(points)
-    kind, along = rng.choice(["bar", "loop", "gap"]), np.linspace(-1, 1, 30)[:, None]
+    kind, along = rng.choice(["bar", "bar", "loop"]), np.linspace(-1, 1, 30)[:, None]
     if kind == "bar":     # across a stroke, or a foot or a head
         angle = rng.normal(0, 0.4)
         lowest, highest = points[points[:, 0].argmax()], points[points[:, 0].argmin()]
         centre = (lowest, highest, any_one, any_one)[rng.integers(4)]
         return np.concatenate([points, centre + along * rng.uniform(0.1, 0.35) * [np.sin(angle), np.cos(angle)]])
-    if kind == "loop":    # touches the letter
-        radii, where = rng.uniform(0.06, 0.22, 2), rng.uniform(0, 2 * np.pi)
-        centre = any_one + radii * [np.sin(where), np.cos(where)]
-        return np.concatenate([points, centre + radii * np.hstack([np.sin(np.pi * along), np.cos(np.pi * along)])])
-    return points[np.linalg.norm(points - any_one, axis=1) > rng.uniform(0.06, 0.2)]
+    radii, where = rng.uniform(0.06, 0.22, 2), rng.uniform(0, 2 * np.pi)
+    centre = any_one + radii * [np.sin(where), np.cos(where)]     # the loop touches the letter
+    return np.concatenate([points, centre + radii * np.hstack([np.sin(np.pi * along), np.cos(np.pi * along)])])
 
 
 def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]], count: int,
-               seed: int, invented: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """`count` characters as written with a pen: images uint8 [count, 28, 28], labels [count]; `looks` as in PEN
-    or VARIED_PEN. After the `characters` come some invented ones, the same for every seed.
+               seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` characters (or TURNED_LETTERS) as written with a pen: images uint8 [count, 28, 28], labels [count].
+
+    `looks` are like PEN or VARIED_PEN.
 
     The points of the middle lines move, not the image, so a narrow letter's strokes stay as thick as the pen is.
     Size and place are those of MNIST as its authors describe them: 20 pixels for the longer side, then moved by
     whole pixels so that the centre of mass is in the middle.
     """
     rng = np.random.default_rng(seed)
-    inventor = np.random.default_rng(0)
-    lines = [middle_lines(c) for c in characters] + [invent(inventor) for _ in range(invented)]
+    lines = [middle_lines(c) for c in characters]
     labels = np.arange(count) % len(lines)
     rng.shuffle(labels)
     drawn = {name: rng.uniform(*limits, size=count) for name, limits in looks.items()}
@@ -204,13 +184,7 @@ def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]],
         points *= (20 - look["thickness"]) / np.ptp(points, axis=0).max()
         points = centred(points).astype(np.float32)
         squares = own_squares + (points**2).sum(1) - 2 * pixels @ points.T     # of distances [784, N]
-        radii = look["thickness"] / 2
-        if "pressure" in look:
-            wave = points @ rng.normal(0, 0.15, 2).astype(np.float32) + rng.uniform(0, 2 * np.pi)
-            radii *= 1 + look["pressure"] * np.sin(wave)
-        else:     # the nearest point decides, which saves most of the roots
-            squares = squares.min(1, keepdims=True)
-        depth = (radii - np.sqrt(np.maximum(squares, 0))).max(1)
+        depth = look["thickness"] / 2 - np.sqrt(np.maximum(squares.min(1), 0))
         ink = np.clip(0.5 + depth / look["softness"], 0.0, 1.0).reshape(28, 28)
         off_centre = np.rint(np.array(ndimage.center_of_mass(ink)) - 13.5).clip(-3, 3)   # 3 is the border
         images[i] = np.roll(ink, tuple(-off_centre.astype(int)), (0, 1)) * 255
