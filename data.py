@@ -98,7 +98,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
 
 def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
     """For every private class the public one it starts from: its namesake or lookalike; None if one has none."""
-    known = {**LOOKALIKES, **SHAPES_ALIKE}   # some sets have no small letters
+    known = {**LOOKALIKES, **SHAPES_ALIKE}
+    # From most to least alike; some sets have no turned letters, some no small ones.
     alike = {c: (c, TURNED_LOOKALIKES.get(c, ""), known.get(c, ""), known.get(c, "").upper()) for c in private}
     names = [next((n for n in alike[c] if n in public), None) for c in private]
     return None if None in names else [public.index(n) for n in names]
@@ -129,7 +130,7 @@ def load_rendered(source: str, split: str) -> Dataset:
     if source in scenes.KINDS:
         return load_scenes(source, split)
     if source in PENS:
-        return load_pen(source, split)
+        return load_pen_letters(source, split)
     return load_glyphs(source, split) if source in ("letters", "digits") else load_captioned_glyphs(source, split)
 
 
@@ -141,7 +142,7 @@ def load_glyphs(source: str, split: str) -> Dataset:
     return Dataset(images[..., None], labels, list(characters))
 
 
-def load_pen(source: str, split: str) -> Dataset:
+def load_pen_letters(source: str, split: str) -> Dataset:
     """Letters as written with a pen; kept in CACHE after the first time."""
     count, seed, (looks, characters) = COUNTS[source][split], {"train": 0, "test": 1}[split], PENS[source]
     images, labels = cached(f"{source}-{split}-v2", ("images", "labels"),

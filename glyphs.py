@@ -161,7 +161,7 @@ def render_pen(characters: Sequence[str], looks: dict[str, tuple[float, float]],
     """
     rng = np.random.default_rng(seed)
     lines = [middle_lines(c) for c in characters]
-    labels = np.arange(count) % len(lines)
+    labels = np.arange(count) % len(characters)
     rng.shuffle(labels)
     drawn = {name: rng.uniform(*limits, size=count) for name, limits in looks.items()}
     pixels = np.stack(np.meshgrid(np.arange(28), np.arange(28), indexing="ij"), -1).reshape(784, 2) - 13.5

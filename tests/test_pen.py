@@ -145,7 +145,7 @@ def test_pen_letters_by_name(name, tmp_path, monkeypatch):
     train, test = (data.load(name, split) for split in ("train", "test"))
     assert train.images.shape == test.images.shape == (60, 32, 32, 1)
     assert train.classes[:52] == list(LETTERS) and not set(train.classes) & set(string.digits)
-    assert len(set(train.classes)) == len(train.classes) == len(data.PENS[name][1])
+    assert train.classes == list(data.PENS[name][1]) and len(set(train.classes)) == len(train.classes)
     assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
     monkeypatch.setattr(data, "render_pen", None)
     assert (data.load(name, "train").images == train.images).all()      # from the cache
