@@ -241,7 +241,8 @@ def noise_draws(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
 
     Time steps are uniform; with `favoured` (low, high) nine of ten are from low to high - 1, after Ghalebikesabi et al.
     2023, section 3 (arXiv 2302.13861): steps that are almost free of noise, or nothing but noise, teach little.
-    The range is public: it must not be chosen by private data.
+    The range is public: it must not be chosen by private data. An example's K steps are one of each K-th of that
+    distribution (stratified sampling): their mean gradient varies less than that of K independent ones.
 
     The draws of different examples are independent, so that one more example in a batch leaves the others' gradients
     as they were. In the private stage rng must be a secret one: the draws go by place in the batch, so that for whoever
@@ -249,10 +250,11 @@ def noise_draws(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
     """
     B, T, device = len(z_0), len(model.alphas_cumprod), z_0.device
     eps = torch.from_numpy(rng.standard_normal((B, K, *z_0.shape[1:]), dtype=np.float32)).to(device)
-    t = rng.integers(T, size=(B, K))
-    if favoured:
-        t = np.where(rng.random((B, K)) < 0.9, rng.integers(*favoured, size=(B, K)), t)
-    t = torch.from_numpy(t).to(device)
+    u = (np.arange(K) + rng.random((B, K))) / K
+    low, high = favoured or (0, T)
+    edges = np.array([0, low, high, T])
+    cdf = 0.1 * edges / T + 0.9 * np.array([0, 0, 1, 1])
+    t = torch.from_numpy(np.interp(u, cdf, edges).astype(int).clip(max=T - 1)).to(device)
     dropped = torch.from_numpy(rng.random((B, K)) < label_dropout).to(device)
     condition = labels[:, None].expand(B, K, *labels.shape[1:])
     condition = condition.masked_fill(dropped.view(B, K, *[1] * (labels.dim() - 1)), model.embedder.null_class)
