@@ -47,7 +47,7 @@ def common_signal(model, parameters: dict, z_0: torch.Tensor, labels: torch.Tens
     """
     halves = []
     for half in (0, 1):
-        batch = noise_draws(model, z_0[half::2], labels[half::2], K, 0.1, np.random.default_rng(2 * K + half),
+        batch = noise_draws(model, z_0[half::2], labels[half::2], K, 0.0, np.random.default_rng(2 * K + half),
                             favoured)
         halves.append(dp_sgd.clipped_gradient_sum(model, parameters, batch, C, max(1, 256 // K)))
     product = sum((a * b).sum().item() for a, b in zip(halves[0].values(), halves[1].values(), strict=True))
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=500)
     args = parser.parse_args()
     budget_table(args.eps, args.batches, args.steps)
-    draws_table(args.public, args.examples, args.draws, [(0, 1000), (200, 800)])
+    draws_table(args.public, args.examples, args.draws, [(0, 1000), (200, 800), (200, 600)])
 
 
 if __name__ == "__main__":
