@@ -231,7 +231,7 @@ PRESETS = {
                       vae_lr=1.5e-3, kl_weight=2e-4, unet_channels=24, unet_mult=(1, 2, 4),
                       attention_resolutions=(4,), public_steps=1_000, public_batch=16,
                       eps=10.0, expected_batch=250, epochs=4.0, chunk="25"),
-    # For C and the time steps see benchmarks/budget.py, which finds without private data what leaves most signal.
+    # For C, K and the time steps see benchmarks/budget.py, which finds without private data what leaves most signal.
     "mnist": dict(public_data="pen-letters-varied", private_data="mnist", data_dir="data/mnist", vae_steps=12_000,
                   public_steps=20_000, accountant="pld", expected_batch=2_048, epochs=6.0, max_grad_norm=0.03,
                   noise_draws=4, private_timesteps=(200, 600), private_lr=4e-3, embedder_scale=5.0),
