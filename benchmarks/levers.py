@@ -1,4 +1,4 @@
-"""What helps the private stage? One change at a time to the mnist preset: accuracy and loss at every epsilon, as a table.
+"""What helps the private stage? One change at a time to the mnist preset: accuracy and loss as a table.
 
     python benchmarks/levers.py runs/mnist/public.pt --data-dir data/mnist --folder runs/levers --jobs 2
     python benchmarks/levers.py runs/mnist/public.pt --levers preset lora resblocks all --runs 3
@@ -6,8 +6,9 @@
 
 Each run fine-tunes a public model, draws --count samples and trains small CNNs on them, whose accuracy on real test
 images counts. That varies by some 0.3 points from one classifier to the next; the denoising loss on the test images,
-beside it in the table, hardly varies, but says nothing of guidance, and only of models with one autoencoder. Runs that are done (FOLDER/*.json) are not done again. On a CPU take few --jobs of one thread each
-(OMP_NUM_THREADS=1); a GPU, which a small model leaves mostly idle, does many side by side.
+beside it in the table, hardly varies, but says nothing of guidance, and only of models with one autoencoder. Runs that
+are done (FOLDER/*.json) are not done again. On a CPU take few --jobs of one thread each (OMP_NUM_THREADS=1); a GPU,
+which a small model leaves mostly idle, does many side by side.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def steps_of(args: argparse.Namespace, public: Path, lever: str, eps: float, out
 
 @torch.no_grad()
 def add_loss(arguments: list[str]) -> None:
-    """Write a checkpoint's mean denoising loss on 2,000 real test images into a report; time steps as of the preset."""
+    """Write a checkpoint's loss on 2,000 real test images, most time steps from 200 to 799, into a report."""
     checkpoint, data_dir, report = arguments
     model, test = load_checkpoint(Path(checkpoint))[0], data.load("mnist", "test", data_dir)
     z_0 = train.encode_all(model, test.images[:2_000], torch.device("cpu"))

@@ -228,7 +228,8 @@ def test_nine_of_ten_time_steps_are_in_the_favoured_range(favoured, share):
     assert t.min() < 10 and t.max() >= 990   # the others are of any time step
 
 
-@pytest.mark.parametrize("favoured, edges", [(None, [0, 250, 500, 750, 1_000]), ((200, 800), [0, 343, 500, 657, 1_000])])
+@pytest.mark.parametrize("favoured, edges", [(None, [0, 250, 500, 750, 1_000]),
+                                             ((200, 800), [0, 343, 500, 657, 1_000])])
 def test_an_examples_draws_are_one_of_each_part_of_the_time_steps(favoured, edges):
     t = train.noise_draws(tiny_model(), *tiny_data(500), 4, 0.1, np.random.default_rng(0), favoured)[1]
     for k in range(4):   # a quarter of the draws, whose borders are time steps themselves
