@@ -73,11 +73,11 @@ def trained_share(public: Path, flags: list[str]) -> float:
 def steps_of(args: argparse.Namespace, public: Path, lever: str, eps: float, out: Path) -> list[list[str]]:
     """The commands of a run: [program, arguments ...]."""
     flags, where = LEVERS[lever], ["--data-dir", args.data_dir]
-    train, sample = ([], flags[1:]) if flags[:1] == ["sample"] else (flags, [])
+    training, sampling = ([], flags[1:]) if flags[:1] == ["sample"] else (flags, [])
     return [["train", "--preset", "mnist", *where, "--stage", "private", "--eps", f"{eps:g}", "--out", str(out),
-             "--public-checkpoint", str(public.resolve()), *args.flags, *train],
+             "--public-checkpoint", str(public.resolve()), *args.flags, *training],
             ["sample", str(out / f"private-eps{eps:g}.pt"), "--npz", str(out / "samples.npz"),
-             "--count", str(args.count), "--guidance", "1", *sample],
+             "--count", str(args.count), "--guidance", "1", *sampling],
             ["evaluate", str(out / "samples.npz"), "--real", "mnist", *where, "--seeds", str(args.seeds),
              "--steps", str(args.steps), "--json", str(out / "report.json")],
             ["loss", str(out / f"private-eps{eps:g}.pt"), args.data_dir, str(out / "report.json")]]
@@ -89,8 +89,7 @@ def add_loss(arguments: list[str]) -> None:
     checkpoint, data_dir, report = arguments
     model, test = load_checkpoint(Path(checkpoint))[0], data.load("mnist", "test", data_dir)
     z_0 = train.encode_all(model, test.images[:2_000], torch.device("cpu"))
-    draws = noise_draws(model, z_0, torch.as_tensor(test.labels[:2_000]).long(), 1, 0.0, np.random.default_rng(0),
-                        (200, 800))
+    draws = noise_draws(model, z_0, torch.from_numpy(test.labels[:2_000]), 1, 0.0, np.random.default_rng(0), (200, 800))
     facts = json.loads(Path(report).read_text())
     facts["loss"] = model(*(x.squeeze(1) for x in draws)).mean().item()
     Path(report).write_text(json.dumps(facts))
