@@ -5,11 +5,12 @@
 Where noise dominates, the sum of T steps holds T times the signal of one, B times the mean clipped gradient, and noise
 of sqrt(T) sigma C: a signal-to-noise ratio of sqrt(T) B / sigma, times the norm of that mean in units of C, which is
 what the gradients of all examples have in common. The first table is the former, with the preset's N = 60,000; the
-second the latter, for K noise draws per example and three C, of a public model on digits rendered as with a pen, which
-are nobody's data.
+others are of a public model on digits rendered as with a pen, which are nobody's data: the gradients' norms, which say
+what share of them a C clips, and what they have in common, for K noise draws per example and three C.
 """
 
 import argparse
+import itertools
 import math
 import string
 import sys
@@ -39,6 +40,15 @@ def budget_table(epsilons: list[float], batches: list[int], steps: list[int], N:
             print(f"| {B} | {' | '.join(cells)} |")
 
 
+def gradient_norms(model, parameters: dict, batch: tuple[torch.Tensor, ...], chunk: int) -> torch.Tensor:
+    """Norm [B] of each example's gradient over all the parameters jointly, before it is clipped."""
+    norms = []
+    for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
+        gradients = dp_sgd.factored_gradients(model, parameters, part)
+        norms.append(sum(map(dp_sgd.squared_norms, gradients.values())).clamp(min=0).sqrt())
+    return torch.cat(norms)
+
+
 def common_signal(model, parameters: dict, z_0: torch.Tensor, labels: torch.Tensor, K: int, C: float,
                   favoured: tuple[int, int]) -> float:
     """Norm of the mean clipped gradient in units of C, from two halves of the examples, whose own noise cancels.
@@ -63,6 +73,11 @@ def draws_table(public: Path, examples: int, draws: list[int], ranges: list[tupl
     parameters = {name: model.get_parameter(name).clone() for name in private_parameter_names(model)}
     images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None]     # 32x32, as MNIST is padded
     z_0, labels = encode_all(model, images, torch.device("cpu")), torch.from_numpy(labels)
+    print("\n| time steps | K | norms: 5% are below | half | 95% |\n|---|---|---|---|---|")
+    for t, K in itertools.product(ranges, draws):
+        batch = noise_draws(model, z_0, labels, K, 0.0, np.random.default_rng(K), t)
+        cells = gradient_norms(model, parameters, batch, max(1, 256 // K)).quantile(torch.tensor([0.05, 0.5, 0.95]))
+        print(f"| {t[0]} to {t[1]} | {K} | {' | '.join(f'{norm:.3f}' for norm in cells)} |", flush=True)
     print("\n| time steps | C | K | common signal / C | over that at K = 1 |\n|---|---|---|---|---|")
     for t in ranges:
         for C in (0.03, 0.1, 0.3):
