@@ -185,6 +185,12 @@ class LatentDiffusion(nn.Module):
         """
         return DiagonalGaussian(self.vae.encode(x)).mean * self.latent_scale
 
+    def decode(self, z_0: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [B, C, h, w] -> images uint8 [B, H, W, channels]."""
+        parts = (z_0 / self.latent_scale).split(images_at_once(self.architecture["vae"]["resolution"]))
+        images = torch.cat([self.vae.decode(part) for part in parts])
+        return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
     def forward(self, z_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Each example's loss mean((eps_hat(z_t, t, condition) - eps)^2) [B] (Ho et al. 2020, eq. 14).
 
@@ -228,9 +234,7 @@ class LatentDiffusion(nn.Module):
             return eps_null + guidance * (eps_hat - eps_null)
 
         z_0 = ddim_sample(guided_eps, self.alphas_cumprod, noise(), steps, eta, noise, order)
-        parts = (z_0 / self.latent_scale).split(images_at_once(self.architecture["vae"]["resolution"]))
-        images = torch.cat([self.vae.decode(part) for part in parts])
-        return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        return self.decode(z_0)
 
 
 def noise_draws(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, K: int, label_dropout: float,
