@@ -1,8 +1,9 @@
-"""What helps the private stage? One change at a time to the mnist preset: accuracy and loss as a table.
+"""What helps the private stage? One change at a time to a preset: accuracy and loss as a table.
 
     python benchmarks/levers.py runs/mnist/public.pt --data-dir data/mnist --folder runs/levers --jobs 2
     python benchmarks/levers.py runs/mnist/public.pt --levers preset lora resblocks all --runs 3
     python benchmarks/levers.py letters.pt pen.pt --levers preset      # other public models, preset flags
+    python benchmarks/levers.py runs/cifar10-small/public.pt --preset cifar10-small --real cifar10-subset.zip
 
 Each run fine-tunes a public model, draws --count samples and trains small CNNs on them, whose accuracy on real test
 images counts. That varies by some 0.3 points from one classifier to the next; the denoising loss on the test images,
@@ -43,13 +44,16 @@ LEVERS = {
     "batch-512": ["--expected-batch", "512"],
     "batch-4096-epochs-24": ["--expected-batch", "4096", "--epochs", "24"],
     "batch-8192-epochs-8": ["--expected-batch", "8192", "--epochs", "8"],
-    "lr-2e-3": ["--private-lr", "2e-3"], "lr-8e-3": ["--private-lr", "8e-3"],
+    "lr-1e-3": ["--private-lr", "1e-3"], "lr-2e-3": ["--private-lr", "2e-3"],
+    "lr-4e-3": ["--private-lr", "4e-3"], "lr-8e-3": ["--private-lr", "8e-3"],
     "C-0.01": ["--max-grad-norm", "0.01"], "C-0.1": ["--max-grad-norm", "0.1"],
     "C-0.3": ["--max-grad-norm", "0.3"], "C-1": ["--max-grad-norm", "1"],
     "K-1": ["--noise-draws", "1"], "K-2": ["--noise-draws", "2"], "K-4": ["--noise-draws", "4"],
     "K-8": ["--noise-draws", "8"], "K-16": ["--noise-draws", "16", "--chunk", "512"],
+    "K-32": ["--noise-draws", "32", "--chunk", "256"],
     "t-all": ["--private-timesteps", "0", "1000"], "t-30-600": ["--private-timesteps", "30", "600"],
-    "t-200-800": ["--private-timesteps", "200", "800"], "t-300-500": ["--private-timesteps", "300", "500"],
+    "t-200-600": ["--private-timesteps", "200", "600"], "t-200-800": ["--private-timesteps", "200", "800"],
+    "t-400-800": ["--private-timesteps", "400", "800"], "t-300-500": ["--private-timesteps", "300", "500"],
     "ema-0.8": ["--ema-decay", "0.8"], "ema-0.5": ["--ema-decay", "0.5"],
     "embedder-1": ["--embedder-scale", "1"], "embedder-10": ["--embedder-scale", "10"],
     "embedder-30": ["--embedder-scale", "30"], "embedder-100": ["--embedder-scale", "100"],
@@ -74,20 +78,22 @@ def steps_of(args: argparse.Namespace, public: Path, lever: str, eps: float, out
     """The commands of a run: [program, arguments ...]."""
     flags, where = LEVERS[lever], ["--data-dir", args.data_dir]
     training, sampling = ([], flags[1:]) if flags[:1] == ["sample"] else (flags, [])
-    return [["train", "--preset", "mnist", *where, "--stage", "private", "--eps", f"{eps:g}", "--out", str(out),
-             "--public-checkpoint", str(public.resolve()), *args.flags, *training],
-            ["sample", str(out / f"private-eps{eps:g}.pt"), "--npz", str(out / "samples.npz"),
-             "--count", str(args.count), "--guidance", "1", *sampling],
-            ["evaluate", str(out / "samples.npz"), "--real", "mnist", *where, "--seeds", str(args.seeds),
-             "--steps", str(args.steps), "--json", str(out / "report.json")],
-            ["loss", str(out / f"private-eps{eps:g}.pt"), args.data_dir, str(out / "report.json")]]
+    checkpoint, samples, report = (str(out / name) for name in (f"private-eps{eps:g}.pt", "samples.npz", "report.json"))
+    return [["train", "--preset", args.preset, "--private-data", args.real, *where, "--stage", "private",
+             "--eps", f"{eps:g}", "--out", str(out), "--public-checkpoint", str(public.resolve()),
+             *args.flags, *training],
+            ["sample", checkpoint, "--npz", samples, "--count", str(args.count), "--guidance", "1", *sampling],
+            ["evaluate", samples, "--real", args.real, *where, "--seeds", str(args.seeds),
+             "--steps", str(args.steps), "--json", report],
+            ["loss", checkpoint, args.real, args.data_dir, report]]
 
 
 @torch.no_grad()
 def add_loss(arguments: list[str]) -> None:
     """Write a checkpoint's loss on 2,000 real test images, most time steps from 200 to 799, into a report."""
-    checkpoint, data_dir, report = arguments
-    model, test = load_checkpoint(Path(checkpoint))[0], data.load("mnist", "test", data_dir)
+    checkpoint, real, data_dir, report = arguments
+    model, trained = load_checkpoint(Path(checkpoint))
+    test = data.load(real, "test", data_dir, trained["config"]["image_size"], trained["config"]["channels"])
     z_0 = train.encode_all(model, test.images[:2_000], torch.device("cpu"))
     draws = noise_draws(model, z_0, torch.from_numpy(test.labels[:2_000]), 1, 0.0, np.random.default_rng(0), (200, 800))
     facts = json.loads(Path(report).read_text())
@@ -142,7 +148,9 @@ def print_table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("public", type=Path, nargs="*", help="public checkpoints of the mnist preset")
+    parser.add_argument("public", type=Path, nargs="*", help="public checkpoints of the preset")
+    parser.add_argument("--preset", default="mnist", help="flags of train.py that the changes are made to")
+    parser.add_argument("--real", default="mnist", help="private training images, and the test images that count")
     parser.add_argument("--data-dir", default="data/mnist")
     parser.add_argument("--folder", type=Path, default=Path("runs/levers"))
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS))
