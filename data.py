@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", default="train", help="train (default) or test")
     parser.add_argument("--data-dir", default="data", help="folder of the named data sets' folders (default data)")
     parser.add_argument("--image-size", type=int, default=32, help="images are this high and wide (default 32)")
-    parser.add_argument("--channels", type=int, help="1 for grey, 3 for colour (default: as the set has them)")
+    parser.add_argument("--channels", type=int, help="1 for grey, 3 for colour (default: as a named set has it, or 3)")
     parser.add_argument("--out", type=Path, help="the PNG of --show (default runs/SOURCE-SPLIT.png)")
     args = parser.parse_args(argv)
     if not args.get and not args.show:

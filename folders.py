@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from formats import COLOURS, UNREADABLE, Dataset, convert_one, say_once
@@ -26,7 +26,7 @@ def open_tree(root: Path) -> tuple[list[str], Callable[[str], bytes]]:
             names = archive.namelist()
         else:
             names = [p.relative_to(root).as_posix() for p in root.rglob("*")]
-    except (zipfile.BadZipFile, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{root} is no readable folder or zip: {error}") from error
     names = sorted(n for n in names if not re.search(r"(^|/)\.", n))
     return names, archive.read if root.is_file() else lambda name: (root / name).read_bytes()
@@ -44,7 +44,7 @@ def read_images(root: Path, read: Callable[[str], bytes], files: list[str], imag
                 if image.size != (image_size, image_size) or (image.mode == "L") != (channels == 1):
                     say_once(f"{root.name}: images of other sizes or colours are converted to "
                              f"{image_size}x{image_size} in {COLOURS[channels]}")
-                images[i] = convert_one(image, image_size, channels, crop)
+                images[i] = convert_one(ImageOps.exif_transpose(image), image_size, channels, crop)
         except (*UNREADABLE, RuntimeError, SyntaxError) as error:
             raise ValueError(f"cannot read the image {name} of {root}: {error}") from error
     return images
@@ -74,6 +74,9 @@ def load_folder(root: Path, split: str, image_size: int, channels: int) -> Datas
         return load_captioned(root, read, read_captions(root, read, texts, pictures), split, image_size, channels)
     files = [n for n in pictures if "/" in n]
     classes = sorted({Path(n).parent.name for n in files})   # of all splits, so that the labels agree
+    if classes and {*classes} <= {"train", "test"}:
+        raise ValueError(f"{root} has its images directly in {' and '.join(classes)}: put those of each class into a "
+                         "folder of its own there, or add a metadata.jsonl")
     files = [n for n, wanted in zip(files, choose_split(files, split, depth=2)) if wanted]
     if not files:
         raise ValueError(f"{root} holds no class sub-folders with images for {split}")

@@ -23,8 +23,8 @@ from tqdm import tqdm
 COLOURS = {1: "grey", 3: "colour"}
 DIGITS = list(string.digits)
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, struct.error, zlib.error, zipfile.BadZipFile,
-              tarfile.TarError)
+UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, NotImplementedError, struct.error, zlib.error,
+              zipfile.BadZipFile, tarfile.TarError, Image.DecompressionBombError)
 
 
 @dataclass
@@ -77,6 +77,15 @@ def convert(images: np.ndarray, image_size: int, channels: int, name: str) -> np
 
 # ---- arrays ----------------------------------------------------------------------------------------
 
+def array_names(path: Path) -> list[str]:
+    """What the arrays of an .npz are called. ValueError naming the file if it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays.files
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is no readable .npz: {error}") from error
+
+
 def read_arrays(path: Path, names: tuple[str, ...] = ("images", "labels")) -> list[np.ndarray]:
     """The named arrays of an .npz. ValueError naming the file if it lacks them or is damaged."""
     try:
@@ -89,7 +98,7 @@ def read_arrays(path: Path, names: tuple[str, ...] = ("images", "labels")) -> li
 def load_npz(path: Path, split: str) -> Dataset:
     """An .npz of uint8 `images` [N, H, W] or [N, H, W, C] and integer `labels`, for training; or of train_images,
     train_labels, test_images and test_labels."""
-    with_splits = zipfile.is_zipfile(path) and zipfile.Path(path, "test_images.npy").exists()
+    with_splits = "test_images" in array_names(path)
     if split == "test" and not with_splits:
         raise ValueError(f"{path} has no test_images and test_labels: its images are all for training")
     splits = ("train_", "test_") if with_splits else ("",)

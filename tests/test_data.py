@@ -9,6 +9,7 @@ import io
 import string
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -355,8 +356,33 @@ def test_resizing_keeps_the_orientation(tree):
     assert image[1, 6] > 200 and max(image[1, 1], image[6, 1], image[6, 6]) < 50
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", encoded(3, (64, 64), "JPEG")[:-100]],
-                         ids=["empty", "text", "truncated"])
+def test_pictures_stand_as_their_camera_was_held(tree):
+    exif = Image.Exif()
+    exif[0x0112] = 6   # orientation: to be turned by 90 degrees clockwise
+    picture = np.zeros((16, 16), np.uint8)
+    picture[:8, :8] = 255
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", exif=exif)
+    image = load(tree({"a/0.jpg": file.getvalue()}), "train", image_size=16).images[0, ..., 0]
+    assert image[:7, 9:].min() > 200 and image[:, :7].max() < 50
+
+
+@pytest.mark.parametrize("files", [["train/0.png", "test/0.png"], ["train/0.png"]])
+def test_splits_without_classes_are_not_taken_for_classes(tree, files):
+    with pytest.raises(ValueError, match="images directly in .*train: put"):
+        load(tree({name: encoded(1) for name in files}), "train")
+
+
+def bomb() -> bytes:
+    """A PNG that claims to be 60,000 pixels high and wide."""
+    content = bytearray(encoded(3))
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", encoded(3, (64, 64), "JPEG")[:-100], bomb()],
+                         ids=["empty", "text", "truncated", "bomb"])
 def test_unreadable_image_is_refused(tree, content):
     source = tree({**FLAT, "cat/broken.jpg": content})
     with pytest.raises(ValueError, match="cat/broken.jpg"):
@@ -406,6 +432,10 @@ def test_damaged_zip_is_refused(tmp_path, method):
         path.write_bytes(content[:position] + b"\xff" * 8 + content[position + 8:])
         with pytest.raises(ValueError, match="a/0.bmp"):
             load(str(path), "train")
+    directory = content.rindex(b"PK\1\2")
+    path.write_bytes(content[:directory + 6] + b"\xfd" + content[directory + 7:])   # needs version 25.3 to extract
+    with pytest.raises(ValueError, match="no readable folder or zip"):
+        load(str(path), "train")
 
 
 # ---- real data -------------------------------------------------------------------------------------

@@ -342,6 +342,21 @@ def test_damaged_npz_is_refused(tmp_path, content):
         load(str(tmp_path / "mine.npz"), "train")
 
 
+@pytest.mark.parametrize("damage", range(0, 60, 3))
+def test_npz_with_a_damaged_directory_is_refused(tmp_path, damage):
+    save_arrays(tmp_path / "mine.npz", images=COLOUR, labels=np.arange(6))
+    content = bytearray((tmp_path / "mine.npz").read_bytes())
+    directory = content.index(b"PK\1\2")
+    content[directory + damage:directory + damage + 3] = b"\xfd\xfd\xfd"
+    (tmp_path / "mine.npz").write_bytes(content)
+    try:
+        dataset = load(str(tmp_path / "mine.npz"), "train", channels=3)
+    except ValueError as error:
+        assert "mine.npz" in str(error)
+    else:   # of dates, attributes and the like nothing depends
+        assert np.array_equal(dataset.images, COLOUR)
+
+
 # ---- CelebA ----------------------------------------------------------------------------------------
 
 FACES = {"000001.jpg": 10, "000002.jpg": 80, "000003.jpg": 150, "000004.jpg": 220}
