@@ -6,8 +6,8 @@
     python evaluate.py eps10.npz --real digits --frechet       # a Frechet distance without that network: no FID
 
 The protocol is DPImageBench's honest one (Gong et al. 2025). A classifier is trained on nine tenths of the *synthetic*
-images, and the last tenth decides which of ten snapshots is kept. The finished classifier sees the real test images
-once, for the number that is reported. --ceiling does the same with the real training images.
+images, and the last tenth decides which of about ten snapshots is kept. The finished classifier sees the real test
+images once, for the number that is reported. --ceiling does the same with the real training images.
 
 What is measured on private images (accuracies, distances, the statistics in data/cache) is not covered by epsilon.
 """
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -37,6 +38,7 @@ from tqdm import tqdm, trange
 import data
 import download
 from config import Parser, find_device, one_line_errors
+from formats import array_names, read_arrays
 from train import lr_at, to_pixels
 
 # The TorchScript network of StyleGAN2-ADA; the same weights as in Heusel et al. 2017.
@@ -286,14 +288,17 @@ def judged(judge: nn.Module, images: np.ndarray) -> tuple[torch.Tensor, np.ndarr
 
 def load_synthetic(path: Path) -> tuple[data.Dataset, dict]:
     """Images and labels of an .npz of sample.py, and what it says of their origin; ValueError if it is not one."""
-    images, labels = data.read_arrays(path)
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.ndim != 1 or len(labels) < 10 or labels.min() < 0:
-        raise ValueError(f"{path} must hold uint8 images [n, H, W, C] and labels [n] from 0 up, at least 10 of them")
+    images, labels = read_arrays(path)
+    integers = labels.dtype.kind in "iu" and labels.shape == (len(images),)
+    if images.dtype != np.uint8 or images.ndim != 4 or not integers or len(labels) < 10 or labels.min() < 0:
+        raise ValueError(f"{path} must hold uint8 images [n, H, W, C] and integer labels [n] from 0 up, at least 10")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            origin = dict(json.loads(str(arrays["origin"]))) if "origin" in arrays else {}
+        known = "origin" in array_names(path)
+        origin = dict(json.loads(str(*read_arrays(path, ("origin",))))) if known else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has an entry 'origin' that is not sample.py's: {error}") from error
+    if origin.get("prompts"):
+        raise ValueError(f"{path} holds samples of captions: their labels number the prompts, and are no classes")
     return data.Dataset(images, labels.astype(np.int64), []), origin
 
 
@@ -325,6 +330,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--seeds and --steps must be at least 1, --epochs positive")
     if args.json and args.json.exists() and not args.overwrite:
         raise ValueError(f"{args.json} exists: give another name, or --overwrite")
+    if args.json:   # complains now rather than after hours
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.json.parent, os.W_OK):
+            raise ValueError(f"{args.json} cannot be written: give another name")
     if args.download and not args.inception:
         raise ValueError("--download needs --inception FILE, where to put the network")
     args.device = find_device(args.device)
@@ -378,6 +387,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, train, _ in sources:
         if train.images.shape[1:] != test.images.shape[1:] or train.labels.max() >= len(test.classes):
             raise ValueError(f"{name} has other image sizes or more classes than the real images of {args.real}")
+        if len(train.labels) < 10:
+            raise ValueError(f"{name} has {len(train.labels)} images: a tenth of them is held out, so give at least 10")
     report = dict(command=shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)]),
                   real=args.real, test_images=len(test.labels), seeds=args.seeds, wrn=args.wrn, device=str(args.device),
                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,

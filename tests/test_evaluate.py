@@ -393,6 +393,31 @@ def test_a_foreign_origin_is_refused_by_name(tmp_path, origin):
         evaluate.load_synthetic(tmp_path / "s.npz")
 
 
+@pytest.mark.parametrize("labels, origin", [
+    (np.arange(10) / 3, "{}"), (np.array(list("0123456789")), "{}"), (np.arange(9), "{}"), (np.arange(12), "{}"),
+    (np.arange(10), '{"prompts": ["a thin digit 7"]}'),
+], ids=["fractions", "words", "too few", "too many", "of captions"])
+def test_labels_that_are_no_classes_are_refused_by_name(tmp_path, labels, origin):
+    np.savez(tmp_path / "s.npz", images=np.zeros((10, 32, 32, 1), np.uint8), labels=labels, origin=np.array(origin))
+    with pytest.raises(ValueError, match="s.npz"):
+        evaluate.load_synthetic(tmp_path / "s.npz")
+
+
+def test_too_few_real_images_are_refused(stand_in, monkeypatch):
+    few = data.Dataset(np.zeros((9, 32, 32, 1), np.uint8), np.arange(9), list("0123456789"))
+    monkeypatch.setattr(data, "load", lambda *args: few)
+    monkeypatch.setattr(evaluate, "optimise", None)
+    with pytest.raises(ValueError, match="at least 10"):
+        evaluate.main(["--ceiling"])
+
+
+def test_an_unwritable_report_is_refused_before_anything_is_trained(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "optimise", None)
+    monkeypatch.setattr(evaluate.os, "access", lambda *args: False)   # root may write anywhere
+    with pytest.raises(ValueError, match="cannot be written"):
+        evaluate.main([str(samples), "--json", str(tmp_path / "r.json")])
+
+
 # ---- captions --------------------------------------------------------------------------------------
 
 def test_a_caption_goes_below_the_grid_in_lines_that_fit(tmp_path):
