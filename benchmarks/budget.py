@@ -78,7 +78,7 @@ def draws_table(public: Path, examples: int, draws: list[int], ranges: list[tupl
         batch = noise_draws(model, z_0, labels, K, 0.0, np.random.default_rng(K), t)
         cells = gradient_norms(model, parameters, batch, max(1, 256 // K)).quantile(torch.tensor([0.05, 0.5, 0.95]))
         print(f"| {t[0]} to {t[1]} | {K} | {' | '.join(f'{norm:.3f}' for norm in cells)} |", flush=True)
-    print("\n| time steps | C | K | common signal / C | over that at K = 1 |\n|---|---|---|---|---|")
+    print(f"\n| time steps | C | K | common signal / C | over that at K = {draws[0]} |\n|---|---|---|---|---|")
     for t in ranges:
         for C in (0.03, 0.1, 0.3):
             found = {K: common_signal(model, parameters, z_0, labels, K, C, t) for K in draws}

@@ -13,6 +13,7 @@ which a small model leaves mostly idle, does many side by side.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -32,8 +33,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from ldm import load_checkpoint, noise_draws, with_lora  # noqa: E402
-from unet import private_parameter_names  # noqa: E402
+from ldm import load_checkpoint, noise_draws  # noqa: E402
 
 # name: flags of train.py, or of sample.py behind "sample"
 LEVERS = {
@@ -55,23 +55,14 @@ LEVERS = {
     "t-200-600": ["--private-timesteps", "200", "600"], "t-200-800": ["--private-timesteps", "200", "800"],
     "t-400-800": ["--private-timesteps", "400", "800"], "t-300-500": ["--private-timesteps", "300", "500"],
     "ema-0.8": ["--ema-decay", "0.8"], "ema-0.5": ["--ema-decay", "0.5"],
-    "embedder-1": ["--embedder-scale", "1"], "embedder-10": ["--embedder-scale", "10"],
+    "embedder-1": ["--embedder-scale", "1"], "embedder-5": ["--embedder-scale", "5"],
+    "embedder-10": ["--embedder-scale", "10"],
     "embedder-30": ["--embedder-scale", "30"], "embedder-100": ["--embedder-scale", "100"],
     "rdp": ["--accountant", "rdp"], "dropout-0.1": ["--label-dropout", "0.1"],
     "guidance-1.25": ["sample", "--guidance", "1.25"], "guidance-1.5": ["sample", "--guidance", "1.5"],
     "guidance-2": ["sample", "--guidance", "2"],
     "ddim-25-eta-1": ["sample", "--order", "1", "--eta", "1", "--steps", "25"],
 }
-
-
-def trained_share(public: Path, flags: list[str]) -> float:
-    """Trained parameters over all those of U-Net and embedder."""
-    flags = ["--train", "attention", *flags]
-    parts = flags[len(flags) - flags[::-1].index("--train")]   # the last one counts
-    model = load_checkpoint(public)[0]
-    model = with_lora(model, rank=8, seed=0) if parts == "lora" else model
-    sizes = {name: p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")}
-    return sum(sizes[name] for name in private_parameter_names(model, parts=parts)) / sum(sizes.values())
 
 
 def steps_of(args: argparse.Namespace, public: Path, lever: str, eps: float, out: Path) -> list[list[str]]:
@@ -101,14 +92,21 @@ def add_loss(arguments: list[str]) -> None:
     Path(report).write_text(json.dumps(facts))
 
 
+def name_of(args: argparse.Namespace, public: Path, lever: str, eps: float) -> str:
+    """What all runs of these commands are called, and no others: LEVER.EPS. and a digest of the commands."""
+    commands = json.dumps(steps_of(args, public, lever, eps, Path()))
+    return f"{lever}.eps{eps:g}.{hashlib.sha256(commands.encode()).hexdigest()[:12]}"
+
+
 def one_run(args: argparse.Namespace, public: Path, lever: str, eps: float, run: int) -> None:
-    """Train, sample and evaluate in a process of its own, into FOLDER/PUBLIC.LEVER.EPS.RUN.json."""
-    out = args.folder.resolve() / f"{public.stem}.{lever}.eps{eps:g}.{run}"
-    if time.time() > args.until:
+    """Train, sample and evaluate in a process of its own, into FOLDER/NAME.RUN.json."""
+    out = args.folder.resolve() / f"{name_of(args, public, lever, eps)}.{run}"
+    if time.time() > args.until or Path(f"{out}.json").exists():
         return
     try:
         out.mkdir(parents=True)   # whoever makes the folder does the run
     except FileExistsError:
+        print(f"{out} is at work elsewhere, or was interrupted: then delete it to try again", file=sys.stderr)
         return
     begin = time.time()
     with open(out / "log.txt", "wb") as log:
@@ -118,13 +116,14 @@ def one_run(args: argparse.Namespace, public: Path, lever: str, eps: float, run:
         last = (out / "log.txt").read_text().strip().splitlines()[-1:]
         print(f"{out.name} failed: {last}; delete {out} to try again", file=sys.stderr, flush=True)
         return
-    os.replace(out / "report.json", args.folder / f"{out.name}.json")
+    os.replace(out / "report.json", f"{out}.json")
     print(f"{out.name}: {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
-def cell(folder: Path, public: Path, lever: str, eps: float) -> str:
+def cell(args: argparse.Namespace, public: Path, lever: str, eps: float) -> str:
     """Mean accuracy and loss of all finished runs, and how far they spread; "-" where there are none."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{public.stem}.{lever}.eps{eps:g}.*.json"))]
+    finished = sorted(args.folder.glob(f"{name_of(args, public, lever, eps)}.*.json"))
+    reports = [json.loads(path.read_text()) for path in finished]
     if not reports:
         return "-"
     found = [r["results"][0]["accuracy"]["small-cnn"]["mean"] for r in reports], [r["loss"] for r in reports]
@@ -136,14 +135,13 @@ def cell(folder: Path, public: Path, lever: str, eps: float) -> str:
 
 
 def print_table(args: argparse.Namespace) -> None:
-    print(f"| public model | change | flags | trained | {' | '.join(f'eps = {eps:g}' for eps in args.eps)} |")
-    print("|---" * (4 + len(args.eps)) + "|")
+    print(f"| public model | change | flags | {' | '.join(f'eps = {eps:g}' for eps in args.eps)} |")
+    print("|---" * (3 + len(args.eps)) + "|")
     for public in args.public:
         for lever in args.levers:
-            cells = [cell(args.folder, public, lever, eps) for eps in args.eps]
+            cells = [cell(args, public, lever, eps) for eps in args.eps]
             if set(cells) != {"-"}:
-                print(f"| {public.stem} | {lever} | `{' '.join(LEVERS[lever])}` | "
-                      f"{trained_share(public, [*args.flags, *LEVERS[lever]]):.1%} | {' | '.join(cells)} |")
+                print(f"| {public} | {lever} | `{' '.join(LEVERS[lever])}` | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -170,8 +168,6 @@ def main() -> None:
             torch.set_float32_matmul_precision("highest")   # train.py sets it for its process
             programs[program](arguments)
         return
-    if len({public.stem for public in args.public}) < len(args.public):
-        parser.error("two public models have one name: copy them to files with different names")
     args.until = time.time() + 60 * args.minutes
     with ThreadPoolExecutor(args.jobs) as pool:
         work = itertools.product(range(args.runs), args.levers, args.public, args.eps)

@@ -81,7 +81,8 @@ def main() -> None:
     sources = [("real test images", test.captions, lambda: test.images)]
     for path in args.checkpoints:
         model, facts = load_checkpoint(path)
-        epsilon = spent_epsilon(facts["ledger"], facts["plan"]["delta"]) if "ledger" in facts else None
+        epsilon = spent_epsilon(facts["ledger"], facts["plan"]["delta"], facts["config"]["accountant"]) if (
+            "ledger" in facts) else None
         sources.append((f"eps = {epsilon:.3g}" if epsilon else "public only", captions, lambda model=model: sample(
             model, model.conditions(captions).numpy(), args.steps, 0.0, 2, args.guidance, seed=5)))
     for name, asked_for, draw in sources:

@@ -4,8 +4,8 @@
     python evaluate.py decoded.npz --real mnist --data-dir data/mnist --classifiers cnn --epochs 10
 
 Prints the mean squared error, with pixels from -1 to 1, and the variance of each latent channel, in units in which that
-of all is 1: the KL term leaves channels that it finds no use for at 0. The output is made of private images without
-privacy: it must not be published.
+of all public latents is 1: the KL term leaves channels that it finds no use for at 0. The output is made of private
+images without privacy: it must not be published.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/samplers.py runs/mnist/private-eps10.pt --real mnist --data-dir data/mnist
 
-Prints the Frechet distance between samples and real test images, in the features of a classifier trained on real images
-(it is no FID), and the share of samples in which that classifier sees the class that was asked for. Such a comparison
-looks at private test images: what is chosen by it is not covered by epsilon.
+Prints the Frechet distance between samples and the first 4,000 real test images, in the features of a classifier
+trained on real images (it is no FID), and the share of samples in which that classifier sees the class that was asked
+for. Such a comparison looks at private test images: what is chosen by it is not covered by epsilon.
 """
 
 import argparse
@@ -35,8 +35,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000)
     args = parser.parse_args()
     model, facts = load_checkpoint(args.checkpoint)
-    judge = train_judge(data.load(args.real, "train", args.data_dir), CPU)
-    real = mean_and_covariance([judged(judge, data.load(args.real, "test", args.data_dir).images[:4_000])[0]])
+    size = facts["config"]["image_size"], facts["config"]["channels"]
+    judge = train_judge(data.load(args.real, "train", args.data_dir, *size), CPU)
+    real = mean_and_covariance([judged(judge, data.load(args.real, "test", args.data_dir, *size).images[:4_000])[0]])
     labels = uniform_labels(args.count, len(facts["classes"]))
     print("| sampler | evaluations | Frechet distance | recognised | seconds |\n|---|---|---|---|---|")
     for steps, eta, order in SAMPLERS:
