@@ -334,6 +334,15 @@ def test_the_network_is_fetched_whole_or_not_at_all(server, tmp_path, monkeypatc
         assert path.read_bytes() == body and len(list(path.parent.iterdir())) == 1
 
 
+def test_download_fetches_the_network_once(server, stand_in, samples, tmp_path, monkeypatch):
+    path, body = tmp_path / "fetched.pt", stand_in.read_bytes()
+    monkeypatch.setattr(evaluate, "INCEPTION_BYTES", len(body))
+    server.answer = body, None
+    assert "FID" in run(samples, "--inception", path, "--download", tmp_path / "r.json")["results"][0]
+    server.answer = None, None   # a second request would fail
+    assert "FID" in run(samples, "--inception", path, "--download", tmp_path / "r.json")["results"][0]
+
+
 # ---- the command line ------------------------------------------------------------------------------
 
 def test_json_holds_every_number_and_where_it_is_from(stand_in, samples, tmp_path, capsys):
