@@ -72,10 +72,10 @@ def make_plan(num_examples: int, expected_batch: int, epochs: float, max_grad_no
     """
     if not 1 <= expected_batch <= num_examples:
         raise ValueError(f"expected batch {expected_batch} must be from 1 to the number of examples, {num_examples}")
-    if not (epochs > 0 and math.isfinite(epochs)):
-        raise ValueError(f"epochs must be positive, not {epochs}")
-    if not (max_grad_norm > 0 and math.isfinite(max_grad_norm)):
-        raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm}")
+    if not 0 < epochs < 1e9:
+        raise ValueError(f"epochs must be positive and below 1e9, not {epochs}")
+    if not 1e-12 <= max_grad_norm < math.inf:   # float32 could not square smaller gradients, nor hold their noise
+        raise ValueError(f"max_grad_norm must be at least 1e-12 and finite, not {max_grad_norm}")
     if ledger and (before := spent_epsilon(ledger, delta, rule)) >= target_epsilon:
         raise ValueError(f"the weights have spent epsilon {before:.4f} at delta {delta:g} already, and the budget for "
                          f"all private steps together is {target_epsilon:g}: epsilon 0 remains")
@@ -93,6 +93,11 @@ def ledger_entry(plan: PrivacyPlan, steps: int, insecure_noise_seed: int = -1) -
              "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
                           "numpy": np.__version__, "scipy": scipy.__version__}}
     return entry if insecure_noise_seed < 0 else {**entry, "insecure_noise_seed": insecure_noise_seed}
+
+
+def is_seeded(ledger: Sequence[dict]) -> bool:
+    """Whether the noise of some step follows from a seed, so that nothing is private."""
+    return any("insecure_noise_seed" in entry for entry in ledger)
 
 
 def segments(ledger: Sequence[dict]) -> list[tuple[float, float, int]]:
@@ -134,9 +139,8 @@ def privacy_json(checkpoint: Path) -> Path:
 
 def write_privacy_json(checkpoint: Path, ledger: Sequence[dict], delta: float) -> None:
     """The ledger of a checkpoint for people to read, with epsilon as it follows from it. No program reads it."""
-    seeded = any("insecure_noise_seed" in entry for entry in ledger)
     facts = {"checkpoint": checkpoint.name,
-             "guarantee": "NONE: the noise follows from a seed that is written below" if seeded else
+             "guarantee": "NONE: the noise follows from a seed that is written below" if is_seeded(ledger) else
                           f"(epsilon, delta)-differential privacy; neighbours: {NEIGHBOURS}",
              "epsilon": all_epsilons(ledger, delta),
              "delta": delta, "ledger": list(ledger)}
@@ -342,13 +346,23 @@ def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tu
 
 @full_precision()
 def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
-    """||gradient||^2 [B] of one parameter, see factored_gradients."""
+    """||gradient||^2 [B] of one parameter, see factored_gradients; of factors rather a little too much than too little.
+
+    Where the terms of the sum cancel, its rounding errors can be larger than itself, and an example would pass
+    unclipped. They are bounded in proportion to (sum_t |x_t| |g_t|)^2, with the square root of the vectors' length as a
+    dot product's errors grow by it (Higham and Mary 2019). Other norms hardly change, by less than a thousandth.
+    """
     if len(factors) == 1:
         return torch.linalg.vector_norm(factors[0], dim=1).square()
     x, g = factors
+    lengths = torch.linalg.vector_norm(g, dim=2)
     if x.dim() == 2:   # indices
-        return ((x[:, :, None] == x[:, None, :]) * (g @ g.mT)).sum((1, 2))
-    return ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
+        products, size = (x[:, :, None] == x[:, None, :]) * (g @ g.mT), g.shape[2]
+    else:
+        products, size = (x @ x.mT) * (g @ g.mT), x.shape[2] + g.shape[2]
+        lengths = lengths * torch.linalg.vector_norm(x, dim=2)
+    rounding = 2 * torch.finfo(g.dtype).eps * math.sqrt(size)
+    return products.sum((1, 2)) + rounding * lengths.sum(1).square()
 
 
 @full_precision()
