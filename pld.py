@@ -68,7 +68,7 @@ def choose_grid(segments, delta, cap, order):
     tail = 1e-5 * delta / steps
     spans = [float(np.ptp(loss_range(q, sigma, True, tail))) for q, sigma, _ in segments]
     points = 2**18 if steps <= 10**5 else 2**20  # rounding raises epsilon in proportion to steps * step^2
-    step = max((11 - math.log(delta)) / tilt, *spans) / (points - 2)
+    step = max((11 - math.log(delta)) / tilt, *spans) / (points - 3)   # rounding outwards adds up to 3
     return Grid(step, math.floor(cap / step) - points // 2, points, tilt, tail)
 
 
