@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import signal
@@ -155,8 +156,8 @@ class Config:
                 may_be_zero = f.name in ("seed", "kl_weight", "label_dropout", "eta", "codebook", "num_head_channels",
                                          "context_dim", "text_layers", "vae_crop", "private_timesteps")
                 if not isinstance(number, bool | str) and f.name != "insecure_noise_seed" and not (
-                        number > 0 or may_be_zero and number == 0):
-                    raise ValueError(f"--{f.name.replace('_', '-')} must be positive, not {number}")
+                        0 < number < math.inf or may_be_zero and number == 0):
+                    raise ValueError(f"--{f.name.replace('_', '-')} must be positive and finite, not {number}")
         if self.accountant not in ACCOUNTANTS:
             raise ValueError(f"unknown accountant {self.accountant!r}: give one of {', '.join(ACCOUNTANTS)}")
         if self.engine not in ("ghost", "func"):
@@ -169,7 +170,7 @@ class Config:
             raise ValueError("--private-timesteps must be two numbers LOW < HIGH from 0 to 1000")
         if not self.label_dropout < 1:
             raise ValueError(f"--label-dropout must be below 1, not {self.label_dropout:g}")
-        if self.stage == "private" and self.public_data == self.private_data:
+        if self.stage == "private" and data.same_source(self.public_data, self.private_data):
             raise ValueError(f"--public-data and --private-data are both {self.private_data}; they must differ")
         if self.channels not in (1, 3):
             raise ValueError(f"--channels must be 1 (grey) or 3 (colour), not {self.channels}")
@@ -371,8 +372,10 @@ def one_line_errors() -> Iterator[None]:
         if first:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: out of device memory: lower --chunk (train.py), --public-batch or --columns", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:   # without numbers: they could be those of a private batch
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        print("error: out of memory: lower --chunk (train.py), --public-batch or --columns", file=sys.stderr)
         sys.exit(2)
 
 
@@ -398,6 +401,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        torch.zeros(1, device=name).item()   # "meta" has no values
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

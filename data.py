@@ -96,6 +96,12 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32, 
     return dataset
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources are the same images: one file by two paths, or one set whose classes are other attributes."""
+    one, other = (str(Path(s).resolve()) if Path(s).exists() else s.partition(":")[0] for s in (one, other))
+    return one == other
+
+
 def starting_classes(private: list[str], public: list[str]) -> list[int] | None:
     """For every private class the public one it starts from: its namesake or lookalike; None if one has none."""
     known = {**LOOKALIKES, **SHAPES_ALIKE}
@@ -181,10 +187,11 @@ def load_leaves(split: str) -> Dataset:
 # ---- files -----------------------------------------------------------------------------------------
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
     """A file to write `path` into, which is at every moment absent, the old one, or the whole new one.
 
-    Of several processes (torchrun) only the first one writes.
+    `before` is called when the new one is whole on the disk, and has yet to take its place. Of several processes
+    (torchrun) only the first one writes.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         yield io.BytesIO()
@@ -196,6 +203,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

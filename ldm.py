@@ -364,14 +364,17 @@ def with_lora(model: LatentDiffusion, rank: int, seed: int) -> LatentDiffusion:
     return new.eval()
 
 
-def save_checkpoint(path: Path, model: LatentDiffusion, **facts) -> None:
-    """Write model and facts (plain values) atomically; load_checkpoint reads them."""
-    with atomic_write(path) as file:
+def save_checkpoint(path: Path, model: LatentDiffusion, before: Callable[[], None] = lambda: None, **facts) -> None:
+    """Write model and facts (plain values) atomically; load_checkpoint reads them. `before` is atomic_write's."""
+    with atomic_write(path, before) as file:
         torch.save({"architecture": model.architecture, "model": model.state_dict(), **facts}, file)
 
 
-def load_checkpoint(path: Path) -> tuple[LatentDiffusion, dict]:
-    """The model in `path` and all that is stored beside it. ValueError if it is no such checkpoint."""
+def load_checkpoint(path: Path, part: str = "") -> tuple[LatentDiffusion, dict]:
+    """The model in `path` and all that is stored beside it. ValueError if it is no such checkpoint.
+
+    part: "autoencoder" for one of which only that is trained, which is refused otherwise.
+    """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {path} does not exist; train it first with train.py")
     try:
@@ -381,6 +384,8 @@ def load_checkpoint(path: Path) -> tuple[LatentDiffusion, dict]:
     except Exception as error:   # damaged bytes can fail anywhere in torch's reader
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise ValueError(f"checkpoint {path} is damaged or of another program ({reason})") from error
+    if content.get("part", part) != part:
+        raise ValueError(f"{path} holds a trained {content['part']} only: give the public.pt beside it")
     if "privacy" in content:   # taking it for a public one would forget what it has spent
         raise ValueError(f"private checkpoint {path} has no ledger (an earlier version wrote it): train it again")
     return model.eval(), content

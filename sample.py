@@ -14,6 +14,7 @@ Sampling is post-processing: it reads only the checkpoint and costs no privacy, 
 import argparse
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from config import Parser, find_device, one_line_errors
-from dp_sgd import spent_epsilon
+from dp_sgd import is_seeded, spent_epsilon
 from ldm import LatentDiffusion, TextEmbedder, check_prompts, check_sampling, load_checkpoint
 from vae import images_at_once
 
@@ -56,7 +57,8 @@ def origin(path: Path, facts: dict) -> dict:
     found = dict(checkpoint=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), epsilon=None, delta=None)
     if facts.get("ledger"):
         found["delta"] = facts["plan"]["delta"]
-        found["epsilon"] = spent_epsilon(facts["ledger"], found["delta"], facts["config"]["accountant"])
+        found["epsilon"] = math.inf if is_seeded(facts["ledger"]) else spent_epsilon(
+            facts["ledger"], found["delta"], facts["config"]["accountant"])
     return found
 
 
@@ -147,6 +149,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("nothing to do: give --grid FILE.png or --npz FILE.npz")
     if args.npz and (len(args.checkpoints) != 1 or args.count < 1):
         raise ValueError("--npz takes one checkpoint and a --count of at least 1")
+    for path, suffix in ((args.grid, ".png"), (args.npz, ".npz")):   # a checkpoint named there would be lost
+        if path and (path.suffix != suffix or path.is_dir()):
+            raise ValueError(f"{path} must be the name of a {suffix} file")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance must be finite, not {args.guidance:g}")
     if args.columns < 1:
         raise ValueError(f"--columns must be at least 1, not {args.columns}")
     if args.caption_from and not args.grid:

@@ -118,25 +118,27 @@ def run_public(config: Config, target: Path) -> None:
         torch.manual_seed(config.seed + rank)
     print(f"public stage: {len(dataset.images):,} images of {config.public_data}; autoencoder "
           f"{count(model.vae.parameters()):,} parameters, U-Net {count(model.unet.parameters()):,}")
+    target.parent.mkdir(parents=True, exist_ok=True)   # complains now rather than after training
     saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
     if config.init:
         model = load_official(config.init, model.architecture)[0]
         model = replace_embedder(model, None, len(dataset.classes)).to(device)
     elif saved.exists() and not config.overwrite:
         print(f"taking the autoencoder from {saved}")
-        earlier, facts = load_checkpoint(saved)
+        earlier, facts = load_checkpoint(saved, "autoencoder")
         wanted = model.architecture["vae"], config.public_data
         if (earlier.architecture["vae"], facts["config"]["public_data"]) != wanted:
             raise ValueError(f"{saved} has another architecture or other data: give --overwrite or another --out")
         model.vae = earlier.vae.to(device)
     else:
         train_autoencoder(model.vae, dataset.images, config)
-        save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config))
+        save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config), part="autoencoder")
     z_0 = encode_all(model, dataset.images, device)
     if not config.init:   # the scale is still 1 here
         model.latent_scale.copy_(1.0 / z_0.std())
         z_0 *= model.latent_scale
     train_diffusion(model, z_0, config.conditions(dataset).to(device), config)
+    refuse_divergence(model, "--public-lr or --vae-lr")
     if config.has_captions:
         model.embedder.start_unseen(dataset.captions, data.LOOKALIKES)
     save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
@@ -217,6 +219,13 @@ def train_private(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tenso
                 some = functional_call(model, parameters, tuple(x[:chunk].flatten(0, 1) for x in batch))
                 progress.set_postfix(not_private_loss=f"{some.mean().item():.3f}")
     model.load_state_dict(ema.shadow, strict=False)
+    refuse_divergence(model, "--private-lr")   # of weights that are private already
+
+
+def refuse_divergence(model: LatentDiffusion, flags: str) -> None:
+    """ValueError if a weight is not finite."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"training has diverged, nothing is saved: give a lower {flags}")
 
 
 def made_up_example(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
@@ -237,8 +246,8 @@ def anywhere(asked: bool) -> bool:
 Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
 
 
-def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
-    """Where the interrupted run in `path` stands. ValueError if these flags would change its course."""
+def interrupted_run(config: Config, path: Path, num_examples: int, classes: list[str]) -> Start:
+    """Where the interrupted run in `path` stands. ValueError if these flags or data would change its course."""
     model, facts = load_checkpoint(path)
     free = ("resume", "overwrite", "data_dir", "device", "engine", "chunk", "save_every", "show_private_loss",
             "prompts", "sample_steps", "eta", "order", "guidance")
@@ -248,8 +257,9 @@ def interrupted_run(config: Config, path: Path, num_examples: int) -> Start:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{path} was planned and begun with {flag} {planned}, not {value}: "
                              "go on with that, or give --overwrite to start anew")
-    if facts["plan"]["num_examples"] != num_examples:
-        raise ValueError(f"{path} was planned for {facts['plan']['num_examples']} examples, not {num_examples}")
+    if (facts["plan"]["num_examples"], facts["classes"]) != (num_examples, classes):
+        raise ValueError(f"{path} was begun with {facts['plan']['num_examples']} examples of {facts['classes']}, not "
+                         f"{num_examples} of {classes}: the data have changed")
     print(f"going on with {path} after {facts['training']['steps']} steps")
     return model, PrivacyPlan(**facts["plan"]), facts["ledger"][:-1], facts["public_config"], facts["training"]
 
@@ -271,7 +281,7 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str])
         run_public(config, public)
         model, facts = load_checkpoint(public)
     public_config = facts.get("public_config", facts["config"])
-    if public_config["public_data"] == config.private_data:
+    if data.same_source(public_config["public_data"], config.private_data):
         raise ValueError(f"{public} was trained on {config.private_data} without privacy")
     wanted = config.architecture(model.architecture["num_classes"])
     if "lora_rank" in model.architecture["unet"]:   # an earlier private run added it
@@ -288,10 +298,10 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str])
 def run_private(config: Config, public: Path, target: Path) -> None:
     """The private stage: fine-tune the model of checkpoint `public`; writes `target` and a grid of samples."""
     dataset = config.load_data(config.private_data)
-    N, unfinished = len(dataset.images), target.with_suffix(".unfinished.pt")
+    unfinished, holding = target.with_suffix(".unfinished.pt"), (len(dataset.images), dataset.classes)
     resumes = config.resume and unfinished.exists()
     model, plan, earlier, public_config, state = (
-        interrupted_run(config, unfinished, N) if resumes else new_run(config, public, N, dataset.classes))
+        interrupted_run(config, unfinished, *holding) if resumes else new_run(config, public, *holding))
     epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
     model.to(config.torch_device)
     names = private_parameter_names(model, config.attention_blocks, config.context_tokens, config.train)
@@ -322,9 +332,10 @@ def run_private(config: Config, public: Path, target: Path) -> None:
 
 
 def save_private(path: Path, model: LatentDiffusion, ledger: list[dict], plan: dict, **facts) -> None:
-    """Write a checkpoint and its privacy.json; the latter first, so that no checkpoint is without one."""
-    dp_sgd.write_privacy_json(path, ledger, plan["delta"])
-    save_checkpoint(path, model, ledger=ledger, plan=plan, **facts)
+    """Write a checkpoint and its privacy.json; the latter just before the former takes its place, so that no checkpoint
+    is without one, nor with another's where the disk is full."""
+    save_checkpoint(path, model, lambda: dp_sgd.write_privacy_json(path, ledger, plan["delta"]), ledger=ledger,
+                    plan=plan, **facts)
 
 
 def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilon: float, earlier: list[dict],
@@ -340,7 +351,7 @@ def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilo
         print(f"of that epsilon, {dp_sgd.spent_epsilon(earlier, plan.delta, config.accountant):.4f} was spent before")
     if plan.delta >= 1 / plan.num_examples:
         print(f"WARNING: delta is not below 1/N = {1 / plan.num_examples:.1e}: it allows to publish single examples")
-    if config.insecure_noise_seed >= 0:
+    if config.insecure_noise_seed >= 0 or dp_sgd.is_seeded(earlier):
         print("WARNING: --insecure-noise-seed: THIS RUN IS NOT PRIVATE. Whoever knows the seed can subtract the noise.")
     if config.show_private_loss:
         print("WARNING: the loss shown below is computed from private data without noise. Do not publish it.")
@@ -404,6 +415,8 @@ def run(config: Config) -> None:
         raise ValueError(f"{unfinished} is an interrupted run: give --resume to go on, or --overwrite to start anew")
     if target.exists() and not config.overwrite:
         raise ValueError(f"{target} exists: give --overwrite to replace it, or another --out")
+    if target.suffix != ".pt":   # the picture beside it, or its ledger, would take its name
+        raise ValueError(f"--public-checkpoint {target} must end in .pt")
     if config.torch_device.type == "cuda":   # TF32, as convolutions have it there; dp_sgd.full_precision is stricter
         torch.set_float32_matmul_precision("high")
     if config.stage == "public":

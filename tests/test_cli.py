@@ -195,7 +195,11 @@ def test_classifier_learns_real_digits_and_ignores_test_labels_in_training():
     (["--eps", "0"], "--eps must be positive"),
     (["--eps", "-1"], "--eps must be positive"),
     (["--eps", "nan"], "--eps must be positive"),
-    (["--eps", "inf"], "target_epsilon"),
+    (["--eps", "inf"], "--eps must be positive and finite"),
+    (["--private-lr", "inf"], "--private-lr must be positive and finite"),
+    (["--max-grad-norm", "1e-30"], "max_grad_norm must be at least 1e-12"),
+    (["--epochs", "1e308"], "epochs must be positive and below"),
+    (["--device", "meta"], "device 'meta'"),
     (["--delta", "0"], "--delta must be positive"),
     (["--delta", "1.5"], "delta"),
     (["--expected-batch", "101"], "expected batch 101"),
@@ -235,6 +239,39 @@ def test_train_refuses_bad_input_and_writes_nothing(trained, tmp_path, capsys, a
 def test_impossible_budgets_are_refused_before_the_public_stage_runs(tmp_path, capsys, arguments):
     refuse(capsys, train, ["--out", tmp_path / "out", *TINY, *arguments])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_autoencoder_is_no_public_model(trained, tmp_path, capsys):
+    for program, argv in ((train, ["--out", tmp_path / "out", *TINY, "--public-checkpoint"]),
+                          (sample, ["--grid", tmp_path / "grid.png"])):
+        assert "trained autoencoder only" in refuse(capsys, program, [*argv, trained / "autoencoder.pt"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_and_samples_never_take_a_checkpoints_place(trained, tmp_path, capsys):
+    victim = tmp_path / "public.pt"
+    shutil.copy(trained / "public.pt", victim)
+    before = contents(tmp_path)
+    for flag in ("--grid", "--npz"):
+        assert "must be the name of a" in refuse(capsys, sample, [victim, flag, victim])
+    picture = tmp_path / "model.png"
+    assert "must end in .pt" in refuse(capsys, train, ["--stage", "public", "--public-checkpoint", picture, *TINY])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [["--guidance", "nan"], ["--guidance", "inf"]])
+def test_guidance_is_finite(trained, tmp_path, capsys, arguments):
+    assert "--guidance" in refuse(capsys, sample, [trained / "public.pt", "--grid", tmp_path / "g.png", *arguments])
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 9 x 2"), torch.OutOfMemoryError("9 x 2"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+])
+def test_lack_of_memory_is_one_line_that_tells_no_batch_size(capsys, error):
+    def main(argv):
+        raise error
+    assert "9" not in refuse(capsys, types.SimpleNamespace(main=main), [])
 
 
 def test_nothing_is_overwritten_unless_asked_for(trained, capsys):
@@ -297,7 +334,7 @@ def test_sample_refuses_bad_input(trained, tmp_path, monkeypatch, capsys, argume
 
 
 @pytest.mark.parametrize("arrays, complaint", [
-    (dict(images=np.zeros((20, 32, 32, 1), np.uint8), labels=np.zeros(19, np.int64)), "20 images but 19 labels"),
+    (dict(images=np.zeros((20, 32, 32, 1), np.uint8), labels=np.zeros(19, np.int64)), "integer labels [n]"),
     (dict(images=np.zeros((20, 32, 32, 1), np.uint8)), "labels"),
     (dict(images=np.zeros((20, 32, 32, 1)), labels=np.zeros(20, np.int64)), "uint8"),
     (dict(images=np.zeros((20, 32, 32, 1), np.uint8), labels=np.full(20, 10)), "classes"),

@@ -348,6 +348,57 @@ def test_insecure_noise_is_reproducible_loud_and_on_record(public, tmp_path, cap
     assert facts["guarantee"].startswith("NONE") and facts["ledger"][0]["insecure_noise_seed"] == 7
 
 
+def test_seeded_noise_is_remembered_by_what_is_made_of_it(public, tmp_path, capsys):
+    run(public, tmp_path / "one", "--insecure-noise-seed", 7)
+    seeded, samples = tmp_path / "one/private-eps3.pt", tmp_path / "s.npz"
+    sample.main([str(seeded), "--npz", str(samples), "--count", "10"])
+    with np.load(samples) as arrays:
+        assert json.loads(str(arrays["origin"]))["epsilon"] == float("inf")
+    capsys.readouterr()
+    train.main([*arguments(public, tmp_path / "two", "--eps", 6), "--public-checkpoint", str(seeded)])
+    assert "THIS RUN IS NOT PRIVATE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("full", ["the disk", "nothing"])
+def test_the_readable_ledger_is_never_that_of_another_checkpoint(public, tmp_path, monkeypatch, full):
+    run(public, tmp_path)
+    readable, before = tmp_path / "private-eps3.privacy.json", (tmp_path / "private-eps3.privacy.json").read_text()
+    model = load_checkpoint(public / "public.pt")[0]
+    if full == "the disk":
+        monkeypatch.setattr(torch, "save", lambda content, file: crash())
+        with pytest.raises(RuntimeError):
+            train.save_private(tmp_path / "private-eps3.pt", model, [], {"delta": 0.1})
+        assert readable.read_text() == before
+    else:
+        train.save_private(tmp_path / "private-eps3.pt", model, [], {"delta": 0.1})
+        assert json.loads(readable.read_text())["delta"] == 0.1
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_classes(public, tmp_path, interrupt):
+    interrupt(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    other = write_images(tmp_path / "other", [12, 12], seed=1)
+    command = [*arguments(public, tmp_path / "out"), "--private-data", str(other)]
+    with pytest.raises(SystemExit), one_line_errors():
+        train.main(command)
+    (other / "b").rename(other / "c")
+    with pytest.raises(ValueError, match="the data have changed"):
+        train.main([*command, "--resume"])
+
+
+def test_weights_that_are_not_finite_are_not_saved(public, tmp_path, monkeypatch):
+    monkeypatch.setattr(EMA, "update", lambda self, parameters: [p.fill_(np.nan) for p in self.shadow.values()])
+    with pytest.raises(ValueError, match="training has diverged"):
+        train.main(arguments(public, tmp_path))
+    assert not (tmp_path / "private-eps3.pt").exists()
+
+
+def test_the_private_images_are_not_public_by_another_path(public, tmp_path, capsys):
+    detour = public / "private-images/../private-images"
+    command = [*arguments(public, tmp_path), "--public-data"]
+    assert "they must differ" in refuse(capsys, train, [*command, detour])
+    assert "they must differ" in refuse(capsys, train, ["--public-data", "celeba", "--private-data", "celeba:Smiling"])
+
+
 def test_private_runs_with_one_seed_have_other_noise_and_other_batches(public, tmp_path, interrupt):
     calls = interrupt(-1, None)
     for name in ("one", "other"):

@@ -308,8 +308,8 @@ def test_an_npz_of_prompts_is_labelled_by_their_numbers(trained, tmp_path):
     ([], "say what to sample by --prompt TEXT"), (["--prompt", ""], "0 bytes"),
     (["--prompt", "a caption too long"], "18 bytes: give from 1 to 12"), (["--prompt", "\udcff"], "not UTF-8")])
 def test_wrong_prompts_end_with_one_line(trained, tmp_path, capsys, prompt, complaint):
-    for target in ("--grid", "--npz"):
-        message = refuse(capsys, sample, [trained / "private-eps3.pt", *prompt, target, tmp_path / "out"])
+    for target, suffix in (("--grid", "png"), ("--npz", "npz")):
+        message = refuse(capsys, sample, [trained / "private-eps3.pt", *prompt, target, tmp_path / f"out.{suffix}"])
         assert complaint in message
     assert not list(tmp_path.iterdir())
 
