@@ -355,14 +355,12 @@ def squared_norms(factors: list[torch.Tensor]) -> torch.Tensor:
     if len(factors) == 1:
         return torch.linalg.vector_norm(factors[0], dim=1).square()
     x, g = factors
-    lengths = torch.linalg.vector_norm(g, dim=2)
     if x.dim() == 2:   # indices
         products, size = (x[:, :, None] == x[:, None, :]) * (g @ g.mT), g.shape[2]
     else:
         products, size = (x @ x.mT) * (g @ g.mT), x.shape[2] + g.shape[2]
-        lengths = lengths * torch.linalg.vector_norm(x, dim=2)
-    rounding = 2 * torch.finfo(g.dtype).eps * math.sqrt(size)
-    return products.sum((1, 2)) + rounding * lengths.sum(1).square()
+    lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)   # sum_t |x_t| |g_t|
+    return products.sum((1, 2)) + 2 * torch.finfo(g.dtype).eps * math.sqrt(size) * lengths.square()
 
 
 @full_precision()
