@@ -270,6 +270,12 @@ def test_a_step_must_fit_into_the_grid():
         pld.delta_curve([(0.1, 1.0, 5)], pld.Grid(1e-3, 0, 64, 1.0, 1e-9), True)
 
 
+def test_the_command_line_answers_by_rdp_where_pld_does_not_reach(capsys):
+    acc.main("--sample-rate 0.01 --steps 100 --delta 1e-5 --noise-multiplier 0.05".split())
+    rdp, tight = capsys.readouterr().out.splitlines()
+    assert rdp.startswith("RDP: noise multiplier 0.05, epsilon 1720") and "PLD: the pld accountant needs" in tight
+
+
 def test_bad_arguments():
     bad = [([(0.1, 0, 3)], 1e-5), ([(2, 1.0, 3)], 1e-5), ([(0.1, 1.0, -1)], 1e-5), ([], 0), ([], True)]
     for segments, delta in bad:
@@ -296,7 +302,7 @@ def test_command_line():
     "--sample-rate 2 --steps 10 --delta 1e-5 --eps 1", "--sample-rate 0.1 --steps x --delta 1e-5 --eps 1",
     "--sample-rate 0.1 --steps 10 --delta 1e-5",
     "--sample-rate 0.1 --steps 10 --delta 1e-5 --eps 1 --noise-multiplier 1",
-    "--sample-rate 0.1 --steps 10 --delta 1e-5 --eps nan", "--sample-rate 0.1 --steps 10 --delta 1e-20 --eps 1", ""])
+    "--sample-rate 0.1 --steps 10 --delta 1e-5 --eps nan", "--sample-rate 0.1 --steps 10 --delta 0 --eps 1", ""])
 def test_command_line_on_bad_input(arguments):
     result = run(*arguments.split())
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
