@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import os
 import re
 import signal
 import sys
@@ -17,6 +16,7 @@ import torch
 
 import data
 from accountant import ACCOUNTANTS
+from formats import is_first_process
 from ldm import LatentDiffusion, check_prompts, check_sampling, tokenise
 from unet import PRIVATE_PARTS, private_parameter_names
 
@@ -361,7 +361,7 @@ def one_line_errors() -> Iterator[None]:
 
     Of several processes (torchrun), which fail alike, the first one says it.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_process()
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -193,7 +193,7 @@ def atomic_write(path: Path, before: Callable[[], None] = lambda: None) -> Itera
     `before` is called when the new one is whole on the disk, and has yet to take its place. Of several processes
     (torchrun) only the first one writes.
     """
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not formats.is_first_process():
         yield io.BytesIO()
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,10 +43,15 @@ class Dataset:
 
 # ---- sizes and channels ----------------------------------------------------------------------------
 
+def is_first_process() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one: the one that writes and speaks."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
+
+
 @functools.cache
 def say_once(line: str) -> None:
     """Print a line, the first time only; of several processes (torchrun) only the first one does."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_process():
         print(line)
 
 

@@ -277,6 +277,9 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str])
     if config.init:
         model, facts = load_official(config.init, config.architecture(len(classes)))
     elif model is None:
+        with torch.device("meta"):   # complains of the names now rather than after that stage
+            private_parameter_names(LatentDiffusion(config.architecture(len(classes))), config.attention_blocks,
+                                    config.context_tokens, config.train)
         print(f"there is no public model at {public} yet: running the public stage first")
         run_public(config, public)
         model, facts = load_checkpoint(public)

@@ -241,6 +241,20 @@ def test_impossible_budgets_are_refused_before_the_public_stage_runs(tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("arguments", [["--attention-blocks", "from:99"], ["--attention-blocks", "last:99"]])
+def test_blocks_that_there_are_not_are_refused_before_the_public_stage(tmp_path, capsys, arguments):
+    assert "attention blocks" in refuse(capsys, train, ["--out", tmp_path / "out", *TINY, *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_without_other_processes_writes(trained, tmp_path, monkeypatch, capsys):
+    """Some schedulers set RANK for every program; torchrun sets WORLD_SIZE too."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    sample.main([str(trained / "public.pt"), "--npz", str(tmp_path / "s.npz"), "--count", "2", "--device", "cpu"])
+    assert (tmp_path / "s.npz").exists()
+
+
 def test_an_autoencoder_is_no_public_model(trained, tmp_path, capsys):
     for program, argv in ((train, ["--out", tmp_path / "out", *TINY, "--public-checkpoint"]),
                           (sample, ["--grid", tmp_path / "grid.png"])):

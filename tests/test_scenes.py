@@ -68,6 +68,7 @@ def test_a_process_that_may_not_write_has_its_scenes_all_the_same(tmp_path, monk
     """The second one of torchrun, while the first one is still rendering: nothing is in the cache."""
     expected = data.load("scenes", "test", image_size=256, channels=3)
     monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     found = data.load("scenes", "test", image_size=256, channels=3)
     assert np.array_equal(found.images, expected.images) and found.captions == expected.captions
