@@ -381,6 +381,8 @@ def load_checkpoint(path: Path, part: str = "") -> tuple[LatentDiffusion, dict]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = LatentDiffusion(content["architecture"])
         model.load_state_dict(content["model"])
+        if missing := {"classes", "config"} - content.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except Exception as error:   # damaged bytes can fail anywhere in torch's reader
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise ValueError(f"checkpoint {path} is damaged or of another program ({reason})") from error

@@ -255,6 +255,14 @@ def test_a_rank_without_other_processes_writes(trained, tmp_path, monkeypatch, c
     assert (tmp_path / "s.npz").exists()
 
 
+@pytest.mark.parametrize("lost", ["classes", "config"])
+def test_a_checkpoint_without_its_facts_is_refused(trained, tmp_path, capsys, lost):
+    content = torch.load(trained / "public.pt", weights_only=True)
+    del content[lost]
+    torch.save(content, tmp_path / "public.pt")
+    assert f"lacks {lost}" in refuse(capsys, sample, [tmp_path / "public.pt", "--grid", tmp_path / "grid.png"])
+
+
 def test_an_autoencoder_is_no_public_model(trained, tmp_path, capsys):
     for program, argv in ((train, ["--out", tmp_path / "out", *TINY, "--public-checkpoint"]),
                           (sample, ["--grid", tmp_path / "grid.png"])):

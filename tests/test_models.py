@@ -775,7 +775,7 @@ def test_new_classes_change_nothing_else(model):
 def test_checkpoint_round_trip(model, tmp_path):
     model.latent_scale.fill_(0.7)
     path = tmp_path / "runs" / "public.pt"
-    save_checkpoint(path, model.train(), classes=["a", "b", "c"], spent=1.5)
+    save_checkpoint(path, model.train(), classes=["a", "b", "c"], config={}, spent=1.5)
     loaded, content = load_checkpoint(path)
     assert content["classes"] == ["a", "b", "c"] and content["spent"] == 1.5
     assert loaded.architecture == ARCHITECTURE and not loaded.training
@@ -804,7 +804,7 @@ def test_missing_checkpoint_is_refused(tmp_path):
 
 def test_truncated_checkpoint_is_refused(prototype, tmp_path):
     path = tmp_path / "model.pt"
-    save_checkpoint(path, prototype)
+    save_checkpoint(path, prototype, classes=[], config={})
     content = path.read_bytes()
     for size in (0, 1, 10, 1000, 20_000, len(content) - 300, len(content) - 1):
         path.write_bytes(content[:size])
@@ -813,7 +813,7 @@ def test_truncated_checkpoint_is_refused(prototype, tmp_path):
 
 def test_damaged_checkpoint_is_refused(prototype, tmp_path):
     path = tmp_path / "model.pt"
-    save_checkpoint(path, prototype)
+    save_checkpoint(path, prototype, classes=[], config={})
     content = bytearray(path.read_bytes())
     start = content.index(b"architecture")
     content[start:start + 400] = bytes(400)
@@ -854,7 +854,7 @@ def test_checkpoint_that_is_a_broken_pickle_is_refused(tmp_path):
 
 def test_checkpoint_with_other_sizes_is_refused(model, tmp_path):
     model.architecture = {**ARCHITECTURE, "num_classes": 4}
-    save_checkpoint(tmp_path / "model.pt", model)
+    save_checkpoint(tmp_path / "model.pt", model, classes=[], config={})
     refusal(tmp_path / "model.pt")
 
 
@@ -882,7 +882,7 @@ def test_code_in_a_checkpoint_is_not_run(prototype, tmp_path, write):
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
 def test_failed_save_keeps_the_old_checkpoint(prototype, tmp_path, monkeypatch, error):
     path = tmp_path / "model.pt"
-    save_checkpoint(path, prototype, spent=1)
+    save_checkpoint(path, prototype, classes=[], config={}, spent=1)
     old = path.read_bytes()
 
     def stop_halfway(content, file):
@@ -891,7 +891,7 @@ def test_failed_save_keeps_the_old_checkpoint(prototype, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(torch, "save", stop_halfway)
     with pytest.raises(type(error)):
-        save_checkpoint(path, prototype, spent=2)
+        save_checkpoint(path, prototype, classes=[], config={}, spent=2)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
 

@@ -106,7 +106,7 @@ def test_rescaling_changes_the_table_s_gradient_and_nothing_else():
 
 def test_the_architecture_says_which_embedder_it_is(tmp_path):
     model = tiny_model().float()
-    ldm.save_checkpoint(tmp_path / "model.pt", model)
+    ldm.save_checkpoint(tmp_path / "model.pt", model, classes=[], config={})
     loaded, _ = load_checkpoint(tmp_path / "model.pt")
     assert isinstance(loaded.embedder, TextEmbedder) and len(loaded.embedder.blocks) == 2
     torch.testing.assert_close(loaded.embedder(captions(3)), model.embedder(captions(3)))
