@@ -124,7 +124,25 @@ def write_npz(args: argparse.Namespace) -> None:
     print(f"wrote {args.count:,} images to {args.npz}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def write_grid(args: argparse.Namespace) -> None:
+    """Write --grid: a panel of samples of every checkpoint, after one of real images if --real says which."""
+    loaded = [load_checkpoint(path) for path in args.checkpoints]
+    names = [names_of(model, facts, args.prompt) for model, facts in loaded]
+    origins = [origin(path, facts) for path, (_, facts) in zip(args.checkpoints, loaded, strict=True)]
+    text, panels = caption(origins, args.caption_from), []
+    if args.real:
+        vae = loaded[0][1]["architecture"]["vae"]
+        real = data.load(args.real, "test", args.data_dir, vae["resolution"], vae["in_channels"])
+        rows = data.rows_by_caption(real, args.prompt, args.columns) if args.prompt else data.rows_by_class(
+            real, args.columns)
+        panels.append(("real", *rows))
+    panels += [grid_panel(model, shown if args.prompt else shown[:10], source, args)
+               for (model, _), shown, source in zip(loaded, names, origins, strict=True)]
+    data.save_grid(args.grid, panels, text)
+    print(f"wrote {args.grid}")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint files of train.py")
     parser.add_argument("--grid", type=Path, help="write this PNG: samples by class, the checkpoints side by side")
@@ -159,25 +177,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.caption_from and not args.grid:
         raise ValueError("--caption-from is for --grid FILE.png: give that too")
     check_sampling(args.steps, args.eta, args.order)   # complains now rather than after loading
-
     args.device = find_device(args.device)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.npz:
         write_npz(args)
     if args.grid:
-        loaded = [load_checkpoint(path) for path in args.checkpoints]
-        names = [names_of(model, facts, args.prompt) for model, facts in loaded]
-        origins = [origin(path, facts) for path, (_, facts) in zip(args.checkpoints, loaded, strict=True)]
-        text, panels = caption(origins, args.caption_from), []
-        if args.real:
-            vae = loaded[0][1]["architecture"]["vae"]
-            real = data.load(args.real, "test", args.data_dir, vae["resolution"], vae["in_channels"])
-            rows = data.rows_by_caption(real, args.prompt, args.columns) if args.prompt else data.rows_by_class(
-                real, args.columns)
-            panels.append(("real", *rows))
-        panels += [grid_panel(model, shown if args.prompt else shown[:10], source, args)
-                   for (model, _), shown, source in zip(loaded, names, origins, strict=True)]
-        data.save_grid(args.grid, panels, text)
-        print(f"wrote {args.grid}")
+        write_grid(args)
 
 
 if __name__ == "__main__":
