@@ -208,7 +208,7 @@ def clipped_gradient_sum(loss_fn: Callable, parameters: Tensors, batch: tuple[to
             gradients = factored_gradients(loss_fn, parameters, part)
         else:
             gradients = {name: [g.flatten(1)] for name, g in per_example_gradients(loss_fn, parameters, part).items()}
-        norms = sum(map(squared_norms, gradients.values())).clamp(min=0).sqrt()
+        norms = joint_norms(gradients)
         finite = norms.isfinite()
         weights = (max_grad_norm / norms[finite]).clamp(max=1.0)   # C/0 is inf, clamped to 1
         all_finite = finite.all().item()   # once per chunk, not per parameter: a GPU waits for it
@@ -342,6 +342,11 @@ def by_example(layer: nn.Module, x: torch.Tensor, g: torch.Tensor, B: int) -> tu
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.GroupNorm):   # channels come second
         x, g = (v.flatten(2).transpose(1, 2) for v in (x, g))
     return x.reshape(B, -1, x.shape[-1]), g.reshape(B, -1, g.shape[-1])
+
+
+def joint_norms(gradients: dict[str, list]) -> torch.Tensor:
+    """Norm [B] of each example's gradient over all the parameters, see factored_gradients."""
+    return sum(map(squared_norms, gradients.values())).clamp(min=0).sqrt()
 
 
 @full_precision()

@@ -42,11 +42,8 @@ def budget_table(epsilons: list[float], batches: list[int], steps: list[int], N:
 
 def gradient_norms(model, parameters: dict, batch: tuple[torch.Tensor, ...], chunk: int) -> torch.Tensor:
     """Norm [B] of each example's gradient over all the parameters jointly, before it is clipped."""
-    norms = []
-    for part in zip(*(tensor.split(chunk) for tensor in batch), strict=True):
-        gradients = dp_sgd.factored_gradients(model, parameters, part)
-        norms.append(sum(map(dp_sgd.squared_norms, gradients.values())).clamp(min=0).sqrt())
-    return torch.cat(norms)
+    parts = zip(*(tensor.split(chunk) for tensor in batch), strict=True)
+    return torch.cat([dp_sgd.joint_norms(dp_sgd.factored_gradients(model, parameters, part)) for part in parts])
 
 
 def common_signal(model, parameters: dict, z_0: torch.Tensor, labels: torch.Tensor, K: int, C: float,
