@@ -301,10 +301,9 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str])
 def run_private(config: Config, public: Path, target: Path) -> None:
     """The private stage: fine-tune the model of checkpoint `public`; writes `target` and a grid of samples."""
     dataset = config.load_data(config.private_data)
-    unfinished, holding = target.with_suffix(".unfinished.pt"), (len(dataset.images), dataset.classes)
-    resumes = config.resume and unfinished.exists()
-    model, plan, earlier, public_config, state = (
-        interrupted_run(config, unfinished, *holding) if resumes else new_run(config, public, *holding))
+    unfinished = target.with_suffix(".unfinished.pt")
+    begin, path = (interrupted_run, unfinished) if config.resume and unfinished.exists() else (new_run, public)
+    model, plan, earlier, public_config, state = begin(config, path, len(dataset.images), dataset.classes)
     epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
     model.to(config.torch_device)
     names = private_parameter_names(model, config.attention_blocks, config.context_tokens, config.train)
