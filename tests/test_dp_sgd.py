@@ -385,7 +385,8 @@ def test_norms_and_sums_have_all_digits_where_the_caller_allows_fewer(engine, K)
                 one = clipped_gradient_sum(model if engine == "ghost" else loss, parameters,
                                            tuple(x[i:i + 1] for x in batch), 1e-3, 1)
             assert cores.rounded and torch.get_float32_matmul_precision() == "high"   # the U-Net's own stay fast
-            assert flat(one).double().norm().item() == pytest.approx(1e-3, rel=2e-5)
+            # Rounding is counted against the example.
+            assert 1e-3 * (1 - 2e-5) < flat(one).double().norm().item() < 1e-3 * (1 + 2e-6)
     finally:
         torch.set_float32_matmul_precision(before)
 

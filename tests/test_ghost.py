@@ -141,7 +141,8 @@ def test_layers_in_bfloat16_are_clipped_as_exactly_as_others():
     assert 1e-4 < distance / size < 0.05   # it was bfloat16, and it was right
     for i in range(5):
         one = dp_sgd.clipped_gradient_sum(model, parameters, tuple(x[i:i + 1] for x in batch), C, 1)
-        assert torch.cat([v.flatten() for v in one.values()]).double().norm().item() == pytest.approx(C, rel=2e-5)
+        norm = torch.cat([v.flatten() for v in one.values()]).double().norm().item()
+        assert C * (1 - 2e-5) < norm < C * (1 + 2e-6)   # rounding is counted against the example
 
 
 class Layers(nn.Module):
