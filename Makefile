@@ -1,24 +1,38 @@
-# make demo   trains, fine-tunes privately, samples and evaluates on the embedded data (offline once installed)
-# make test   lints and tests
+# make help   lists what there is
+REQUIREMENTS := requirements.txt
 PYTHON := .venv/bin/python
 RUN := runs/glyphs
 
-.PHONY: demo test clean
+.PHONY: help demo test test-core lint clean
 
-.venv/installed: requirements.txt pyproject.toml
+help:
+	@echo "make demo       train, fine-tune privately, sample, evaluate: rendered data, offline"
+	@echo "make test       lint and all tests"
+	@echo "make test-core  only the tests of the seven files, a minute"
+	@echo "make clean      delete runs/ and rendered data"
+	@echo "REQUIREMENTS=FILE  with any of these: install the packages in FILE (default $(REQUIREMENTS))"
+
+.venv/installed: $(REQUIREMENTS)
 	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet -r requirements.txt pytest==9.2.0 ruff==0.17.6
+	$(PYTHON) -m pip install --quiet -r $(REQUIREMENTS)
 	touch $@
 
-test: .venv/installed
+lint: .venv/installed
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest
 
-# Both fine-tunings run side by side, each on one core: that uses two cores better than two threads do.
+test-core: lint
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/core
+
+test: test-core
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --ignore tests/core
+
+# Both fine-tunings run side by side, each on one core: that uses two cores better than two threads.
 demo: .venv/installed $(RUN)/public.pt
 	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUN)/eps10.npz $(RUN)/eps1.npz
-	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --ceiling --steps 250 --json $(RUN)/results.json --overwrite
-	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt --real digits --guidance 2.5 --grid $(RUN)/samples.png --caption-from $(RUN)/results.json
+	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --real-baseline --steps 250 \
+		--json $(RUN)/results.json --overwrite
+	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt \
+		--real digits --guidance 2.5 --grid $(RUN)/samples.png --caption-from $(RUN)/results.json
 
 $(RUN)/%.npz: $(RUN)/private-%.pt
 	$(PYTHON) sample.py $< --npz $@ --count 1000 --guidance 2.5

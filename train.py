@@ -1,430 +1,322 @@
-"""Train DP-LDM (TMLR 2024, arXiv 2305.15759): `--stage public` pre-trains on
-public images, `--stage private` fine-tunes attention and embedder on private ones with DP-SGD.
+"""Train DP-LDM (TMLR 2024, arXiv 2305.15759) in two loops that differ in four lines.
 
-    python train.py --stage private --eps 1                                  # embedded data, from scratch
+`--stage public` pre-trains on public images. `--stage private` fine-tunes attention and embedder on
+private images with DP-SGD.
+
+    python train.py --stage private --eps 1                       # rendered data, from scratch
     python train.py --preset mnist --data-dir data/mnist --stage private --eps 10
-    torchrun --standalone --nproc_per_node=2 train.py --stage private --eps 1     # two processes: one run, one noise
+    torchrun --standalone --nproc_per_node=2 train.py --eps 1     # two processes, one run
 
-A run writes its checkpoint and a grid of samples below --out (default runs/<preset>); a private one writes its
-ledger beside them, and can be stopped (Ctrl-C) and taken up again (--resume).
+A run writes its checkpoint and a grid of samples into --out. A private run writes its ledger beside
+them; after Ctrl-C, the same command with --resume goes on.
 """
 
 import dataclasses
-import math
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.func import functional_call
+from torch import nn
 from tqdm import trange
 
-import data
+import datasets
 import dp_sgd
-from config import Config, count, describe, one_line_errors, parse_args, stop_after_step
-from dp_sgd import (
-    PrivacyPlan,
-    Tensors,
-    make_plan,
-    noisy_gradient,
-    poisson_sample,
-    rank_and_world,
-    secure_generator,
-    sum_over_processes,
+from dp_sgd import PrivacyPlan
+from ldm import (
+    EMA,
+    LatentDiffusion,
+    drop_labels,
+    images_at_once,
+    lr_factor,
+    normalize_images,
+    sample_t_and_noise,
 )
-from ldm import EMA, LatentDiffusion, load_checkpoint, noise_draws, replace_embedder, save_checkpoint, with_lora
-from official import load_official
-from unet import private_parameter_names
-from vae import AutoencoderKL, images_at_once
+from runtime import distributed, runs
+from runtime.checkpoints import build_model, load_checkpoint, load_pretrained, save_checkpoint
+from runtime.classes import LOOKALIKES, new_class_embedder
+from runtime.cli import one_line_errors, stop_after_step
+from runtime.config import Config, parse_args
+from runtime.describe import num_parameters, summary
+from runtime.memory import largest_physical_batch
+from runtime.precision import bfloat16
+from runtime.samples import save_samples
+from variants import ghost
 
-# ---- public stage ----------------------------------------------------------------------------------
-
-def to_pixels(images, device: torch.device) -> torch.Tensor:
-    """uint8 array [B, H, W, C] -> float tensor [B, C, H, W] in [-1, 1]."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def lr_at(step: int, steps: int) -> float:
-    """Learning-rate factor: linear warm-up over the first 5% of the steps, then a cosine to zero."""
-    return min((step + 1) / (0.05 * steps), 0.5 * (1.0 + math.cos(math.pi * step / steps)))
+ENGINES = {"vmap": dp_sgd.clipped_gradient_sum, "ghost": ghost.clipped_gradient_sum}
+textbook_sum = dp_sgd.in_chunks(dp_sgd.clipped_gradient_sum, 256)
 
 
-def train_autoencoder(vae: AutoencoderKL, images, config: Config) -> None:
-    """Train `vae` in place on public images, uint8 [N, H, W, C]."""
-    # A run this short needs a second moment that forgets faster than Adam's usual 0.999 does.
-    optimizer = torch.optim.Adam(vae.parameters(), lr=config.vae_lr, betas=(0.9, 0.99), fused=True)
-    device, size = config.torch_device, config.vae_crop or images.shape[1]
-    progress = trange(config.vae_steps, desc="autoencoder")
-    for step in progress:
-        chosen = torch.randint(len(images), (share(config.vae_batch),)).numpy()
-        corners = torch.zeros(2, len(chosen), dtype=torch.long)
-        if config.vae_crop:
-            corners = torch.randint(images.shape[1] - size + 1, corners.shape)
-        squares = [images[k, y:y + size, x:x + size] for k, y, x in zip(chosen, *corners.tolist(), strict=True)]
-        loss = vae.loss(to_pixels(np.stack(squares), device), config.kl_weight)
-        optimizer.param_groups[0]["lr"] = config.vae_lr * lr_at(step, config.vae_steps)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(vae.parameters())
-        optimizer.step()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+# ---- the two loops -----------------------------------------------------------------------------
 
+def train_public(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, config: Config,
+                 rng: np.random.Generator) -> None:
+    """Train U-Net and embedder on public latents z_0 [N, C, h, w] with labels int [N, ...].
 
-@torch.no_grad()
-def encode_all(model: LatentDiffusion, images, device: torch.device) -> torch.Tensor:
-    """Scaled latents z_0 [N, C, h, w] of all images, kept in memory for the whole training."""
-    batch = images_at_once(images.shape[1])
-    starts = trange(0, len(images), batch, desc="encoding images", disable=len(images) < 8 * batch)
-    return torch.cat([model.encode(to_pixels(images[i:i + batch], device)) for i in starts])
-
-
-def train_diffusion(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, config: Config) -> None:
-    """Train U-Net and embedder on public latents, in place; the model ends with the averaged weights."""
+    In place; the model ends with the averaged weights.
+    """
     parameters = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.public_lr, fused=True)
-    ema = EMA(parameters, config.ema_decay)
-    rng = np.random.default_rng(config.seed + rank_and_world()[0])
-    model.bf16 = config.bf16
-    progress = trange(config.public_steps, desc="public diffusion")
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.public.lr, fused=True)
+    ema = EMA(parameters, config.diffusion.ema_decay)
+    null_class, dropout = model.embedder.null_class, config.diffusion.label_dropout
+    progress = trange(config.public.steps, desc="public diffusion")
     for step in progress:
-        chosen = torch.randint(len(z_0), (share(config.public_batch),), device=z_0.device)
-        batch = noise_draws(model, z_0[chosen], labels[chosen], 1, config.label_dropout, rng)
-        loss = model(*(x.squeeze(1) for x in batch)).mean()
-        optimizer.param_groups[0]["lr"] = config.public_lr * lr_at(step, config.public_steps)
+        i = torch.randint(len(z_0), (config.public.batch,), device=z_0.device)   # 1. anyone
+        eps = rng.standard_normal((len(i), *z_0.shape[1:]), dtype=np.float32)
+        t = (rng.random(len(i)) * len(model.alphas_cumprod)).astype(int)
+        eps, t = torch.from_numpy(eps).to(z_0.device), torch.from_numpy(t).to(z_0.device)
+        loss = model(z_0[i], t, eps, drop_labels(labels[i], null_class, dropout, rng)).mean()
         optimizer.zero_grad()
-        loss.backward()
-        average_gradients(parameters.values())
+        loss.backward()                                  # 2. unclipped, 3. mean, 4. no noise
+        optimizer.param_groups[0]["lr"] = config.public.lr * lr_factor(step, config.public.steps)
         optimizer.step()
         ema.update(parameters)
-        if step % 50 == 0:
+        if step % 50 == 0:   # reading the loss waits for a GPU
             progress.set_postfix(loss=f"{loss.item():.3f}")
     model.load_state_dict(ema.shadow, strict=False)
-
-
-def run_public(config: Config, target: Path) -> None:
-    """The public stage: autoencoder, latent scale, diffusion model; writes `target` and a grid of samples."""
-    if config.codebook and not config.init:
-        raise ValueError("a VQ autoencoder is not trained here: give --init FILE, official weights, or --codebook 0")
-    dataset = config.load_data(config.public_data)
-    device = config.torch_device
-    torch.manual_seed(config.seed)
-    model = LatentDiffusion(config.architecture(len(dataset.classes))).to(device)
-    if rank := rank_and_world()[0]:   # the same model everywhere, but other batches
-        torch.manual_seed(config.seed + rank)
-    print(f"public stage: {len(dataset.images):,} images of {config.public_data}; autoencoder "
-          f"{count(model.vae.parameters()):,} parameters, U-Net {count(model.unet.parameters()):,}")
-    target.parent.mkdir(parents=True, exist_ok=True)   # complains now rather than after training
-    saved = target.with_name("autoencoder.pt")   # lets a stopped public stage go on after its slower half
-    if config.init:
-        model = load_official(config.init, model.architecture)[0]
-        model = replace_embedder(model, None, len(dataset.classes)).to(device)
-    elif saved.exists() and not config.overwrite:
-        print(f"taking the autoencoder from {saved}")
-        earlier, facts = load_checkpoint(saved, "autoencoder")
-        wanted = model.architecture["vae"], config.public_data
-        if (earlier.architecture["vae"], facts["config"]["public_data"]) != wanted:
-            raise ValueError(f"{saved} has another architecture or other data: give --overwrite or another --out")
-        model.vae = earlier.vae.to(device)
-    else:
-        train_autoencoder(model.vae, dataset.images, config)
-        save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config), part="autoencoder")
-    z_0 = encode_all(model, dataset.images, device)
-    if not config.init:   # the scale is still 1 here
-        model.latent_scale.copy_(1.0 / z_0.std())
-        z_0 *= model.latent_scale
-    train_diffusion(model, z_0, config.conditions(dataset).to(device), config)
-    refuse_divergence(model, "--public-lr or --vae-lr")
-    if config.has_captions:
-        model.embedder.start_unseen(dataset.captions, data.LOOKALIKES)
-    save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
-    names = list(dict.fromkeys(dataset.captions))[:10] if config.has_captions else dataset.classes
-    save_samples(model, names, config, target, title="public only")
-    if dist.is_initialized():
-        dist.barrier()   # for a private stage that reads what the first process has just written
-
-
-def share(batch: int) -> int:
-    """This process's part of a public batch."""
-    return -(-batch // rank_and_world()[1])
-
-
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace the gradients by their means over all processes."""
-    gradients, world = [p.grad for p in parameters], rank_and_world()[1]
-    sum_over_processes(gradients)
-    if world > 1:
-        torch._foreach_div_(gradients, world)
-
-
-# ---- private stage ---------------------------------------------------------------------------------
-
-def restore(state: dict, parameters: Tensors, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
-    """Put everything back as train_private kept it."""
-    for name, p in parameters.items():
-        p.copy_(state["parameters"][name])
-        ema.shadow[name].copy_(state["ema"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    ema.step = state["steps"]
 
 
 def train_private(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor, names: list[str],
-                  plan: PrivacyPlan, config: Config, state: dict | None = None,
-                  keep: Callable[[dict], None] = lambda state: None) -> None:
+                  plan: PrivacyPlan, config: Config, rng: np.random.Generator, *,
+                  sample: Callable = dp_sgd.poisson_sample,
+                  clipped_sum: Callable = textbook_sum,
+                  add_noise: Callable = dp_sgd.add_noise,
+                  start: dict | None = None,
+                  on_step: Callable = lambda *state: None) -> None:
     """DP-SGD on the parameters `names`, in place; the model ends with the averaged weights.
 
-    Every save_every steps `keep(state)` is called; a later call with that state goes on from there.
-    KeyboardInterrupt after Ctrl-C, once the running step is done and kept.
+    z_0 [N, C, h, w] and labels int [N, ...] are private. rng draws batches, noise and draws: it
+    must be secret. on_step(step, parameters, optimizer, ema) comes before each step: saving,
+    Ctrl-C. start: what it saved, to go on from.
     """
+    private = config.private
     model.requires_grad_(False)
-    model.embedder.rescale(config.embedder_scale)
-    model.bf16 = config.bf16
+    model.embedder.rescale(private.embedder_scale)
+    # Copies, which the engines swap into the model: its own weights change at the end only.
     parameters = {name: model.get_parameter(name).clone() for name in names}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.private_lr, fused=True)
-    ema = EMA(parameters, config.ema_decay)
-    if state:
-        restore(state, parameters, optimizer, ema)
-    rng = secure_generator(config.insecure_noise_seed + ema.step if config.insecure_noise_seed >= 0 else None)
-
-    def example_loss(parameters, *draws):   # the K noise draws of one example -> mean loss
-        return functional_call(model, parameters, draws).mean()
-
-    loss = model if config.engine == "ghost" else example_loss
-    chunk = int(config.chunk) if config.chunk != "auto" else dp_sgd.largest_chunk(
-        loss, parameters, made_up_example(model, z_0, labels, config.noise_draws), most=plan.expected_batch)
-    progress = trange(ema.step, plan.steps, initial=ema.step, total=plan.steps, desc=f"private, eps={config.eps:g}")
-    with stop_after_step() as stop:
-        for step in progress:
-            stop_now = anywhere(bool(stop))
-            if step % config.save_every == 0 or stop_now:
-                model.load_state_dict(ema.shadow, strict=False)
-                keep(dict(steps=step, parameters=parameters, ema=ema.shadow, optimizer=optimizer.state_dict()))
-            if stop_now:
-                raise KeyboardInterrupt(f"stopped after {step} of {plan.steps} steps: the same command with --resume "
-                                        "goes on from here")
-            chosen = poisson_sample(plan, rng).to(z_0.device)
-            batch = noise_draws(model, z_0[chosen], labels[chosen], config.noise_draws, config.label_dropout, rng,
-                                config.private_timesteps)
-            gradient = noisy_gradient(loss, parameters, batch, plan, chunk, rng)
-            for name, p in parameters.items():
-                p.grad = gradient[name]
-            optimizer.param_groups[0]["lr"] = config.private_lr * lr_at(step, plan.steps)
-            optimizer.step()
-            ema.update(parameters)
-            if config.show_private_loss and len(chosen):
-                some = functional_call(model, parameters, tuple(x[:chunk].flatten(0, 1) for x in batch))
-                progress.set_postfix(not_private_loss=f"{some.mean().item():.3f}")
+    optimizer = torch.optim.Adam(parameters.values(), lr=private.lr, fused=True)
+    ema = EMA(parameters, config.diffusion.ema_decay)
+    first = runs.restore(start, parameters, optimizer, ema)
+    for step in trange(first, plan.steps, initial=first, total=plan.steps,
+                       desc=f"private, eps={private.epsilon:g}"):
+        on_step(step, parameters, optimizer, ema)
+        i = sample(plan, rng).to(z_0.device)                                 # 1. who takes part
+        batch = sample_t_and_noise(model, z_0[i], labels[i], private.noise_multiplicity,
+                                   config.diffusion.label_dropout, rng, private.timesteps)
+        total = clipped_sum(model, parameters, batch, plan.max_grad_norm)    # 2. clip each, 3. sum
+        grads = add_noise(total, plan, rng)              # 4. noise, once; / expected batch
+        for name, p in parameters.items():               # from here on all is post-processing
+            p.grad = grads[name]
+        optimizer.param_groups[0]["lr"] = private.lr * lr_factor(step, plan.steps)
+        optimizer.step()
+        ema.update(parameters)
     model.load_state_dict(ema.shadow, strict=False)
-    refuse_divergence(model, "--private-lr")   # of weights that are private already
 
 
-def refuse_divergence(model: LatentDiffusion, flags: str) -> None:
-    """ValueError if a weight is not finite."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f"training has diverged, nothing is saved: give a lower {flags}")
+# ---- the autoencoder ---------------------------------------------------------------------------
+
+def train_autoencoder(vae: nn.Module, images: np.ndarray, config: Config) -> None:
+    """Train `vae` in place on public images, uint8 [N, H, W, C]."""
+    settings = config.autoencoder
+    # A run this short needs a second moment that forgets faster than Adam's usual 0.999 does.
+    optimizer = torch.optim.Adam(vae.parameters(), lr=settings.lr, betas=(0.9, 0.99), fused=True)
+    progress = trange(settings.steps, desc="autoencoder")
+    for step in progress:
+        chosen = torch.randint(len(images), (settings.batch,)).numpy()
+        x = random_squares(images, chosen, settings.crop)
+        loss = vae.loss(normalize_images(x, config.device), settings.kl_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = settings.lr * lr_factor(step, settings.steps)
+        optimizer.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def made_up_example(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
-                    K: int) -> tuple[torch.Tensor, ...]:
-    """Draws, as of noise_draws, of an example that has only the shape in common with the private ones."""
-    example = torch.zeros_like(z_0[:1]), torch.zeros_like(labels[:1])
-    return noise_draws(model, *example, K, 0.0, np.random.default_rng())
+def random_squares(images: np.ndarray, chosen: np.ndarray, crop: int) -> np.ndarray:
+    """The images `chosen`, int [B], or a random crop x crop square of each: uint8 [B, h, w, C]."""
+    if not crop:
+        return images[chosen]
+    corners = torch.randint(images.shape[1] - crop + 1, (2, len(chosen))).tolist()
+    return np.stack([images[k, y:y + crop, x:x + crop]
+                     for k, y, x in zip(chosen, *corners, strict=True)])
 
 
-def anywhere(asked: bool) -> bool:
-    """Whether any process was asked to stop: they have to do it after the same step."""
-    flag = torch.tensor([float(asked)])
-    sum_over_processes([flag])
-    return flag.item() > 0
+@torch.no_grad()
+def encode_dataset(model: LatentDiffusion, images: np.ndarray,
+                   device: torch.device) -> torch.Tensor:
+    """Scaled latents z_0 [N, C, h, w] of all images, kept in memory for the whole training."""
+    batch = images_at_once(images.shape[1])
+    starts = trange(0, len(images), batch, desc="encoding images", disable=len(images) < 8 * batch)
+    return torch.cat([model.encode(normalize_images(images[i:i + batch], device))
+                      for i in starts])
 
 
-# What a private run goes on from: model, plan, ledger of earlier runs, configuration of the public model, state.
-Start = tuple[LatentDiffusion, PrivacyPlan, list[dict], dict, dict | None]
+# ---- the two stages ----------------------------------------------------------------------------
+
+def load_images(source: str, config: Config) -> datasets.Dataset:
+    """The training images of `source`; a model without classes takes them all for one class.
+
+    ValueError where captions are missing.
+    """
+    size, channels = config.data.image_size, config.data.channels
+    dataset = datasets.load(source, "train", config.run.data_dir, size, channels)
+    if config.has_captions and dataset.captions is None:
+        raise ValueError(f"{source} has no captions: give data with captions (a folder with a "
+                         "metadata.jsonl), or text.length 0 for a model of classes")
+    if config.unet.context_dim and not config.has_captions:
+        return dataset
+    return datasets.Dataset(dataset.images, 0 * dataset.labels, ["all"], dataset.captions)
 
 
-def interrupted_run(config: Config, path: Path, num_examples: int, classes: list[str]) -> Start:
-    """Where the interrupted run in `path` stands. ValueError if these flags or data would change its course."""
-    model, facts = load_checkpoint(path)
-    free = ("resume", "overwrite", "data_dir", "device", "engine", "chunk", "save_every", "show_private_loss",
-            "prompts", "sample_steps", "eta", "order", "guidance")
-    for name, value in dataclasses.asdict(config).items():
-        planned = facts["config"].get(name, getattr(Config, name))   # a flag newer than the run: as it was then
-        if name not in free and planned != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{path} was planned and begun with {flag} {planned}, not {value}: "
-                             "go on with that, or give --overwrite to start anew")
-    if (facts["plan"]["num_examples"], facts["classes"]) != (num_examples, classes):
-        raise ValueError(f"{path} was begun with {facts['plan']['num_examples']} examples of {facts['classes']}, not "
-                         f"{num_examples} of {classes}: the data have changed")
-    print(f"going on with {path} after {facts['training']['steps']} steps")
-    return model, PrivacyPlan(**facts["plan"]), facts["ledger"][:-1], facts["public_config"], facts["training"]
+def conditions(model: LatentDiffusion, dataset: datasets.Dataset, config: Config) -> torch.Tensor:
+    """What the U-Net is told of each image: its label, int [N], or its caption, int [N, L]."""
+    if config.has_captions:
+        return model.embedder.conditions(dataset.captions).to(config.device)
+    return torch.from_numpy(dataset.labels).to(config.device)
 
 
-def new_run(config: Config, public: Path, num_examples: int, classes: list[str]) -> Start:
-    """A run from --init or the checkpoint `public`, with embeddings for the private classes; trained if missing."""
-    if not public.exists() and config.public_checkpoint:
-        raise ValueError(f"--public-checkpoint {public} does not exist")
-    if public.exists() and config.init:
-        raise ValueError(f"there are two public models, {public} and --init: leave out --init or give another --out")
-    model, facts = load_checkpoint(public) if public.exists() else (None, {})
-    earlier = facts.get("ledger", [])
-    plan = make_plan(num_examples, config.expected_batch, config.epochs, config.max_grad_norm, config.eps,
-                     config.delta, config.accountant, earlier)   # a budget that cannot be met is refused by now
-    if config.init:
-        model, facts = load_official(config.init, config.architecture(len(classes)))
-    elif model is None:
-        with torch.device("meta"):   # complains of the names now rather than after that stage
-            private_parameter_names(LatentDiffusion(config.architecture(len(classes))), config.attention_blocks,
-                                    config.context_tokens, config.train)
-        print(f"there is no public model at {public} yet: running the public stage first")
-        run_public(config, public)
-        model, facts = load_checkpoint(public)
-    public_config = facts.get("public_config", facts["config"])
-    if data.same_source(public_config["public_data"], config.private_data):
-        raise ValueError(f"{public} was trained on {config.private_data} without privacy")
-    wanted = config.architecture(model.architecture["num_classes"])
-    if "lora_rank" in model.architecture["unet"]:   # an earlier private run added it
-        wanted["unet"]["lora_rank"] = model.architecture["unet"]["lora_rank"]
-    if model.architecture != wanted:
-        raise ValueError(f"{public} has another architecture than the flags ask for: "
-                         "give the flags it was trained with, or another --out")
-    model = replace_embedder(model, data.starting_classes(classes, facts["classes"]), len(classes))
-    if config.train == "lora":
-        model = with_lora(model, config.lora_rank, config.seed)
-    return model, plan, earlier, public_config, None
+def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config: Config,
+                       saved: Path) -> LatentDiffusion:
+    """`model` with an autoencoder: official weights, the one in `saved`, or a newly trained one."""
+    if config.run.pretrained:
+        official, _ = load_pretrained(config.run.pretrained, model.architecture)
+        return new_class_embedder(official, None, len(dataset.classes)).to(config.device)
+    if saved.exists() and not config.run.overwrite:   # a stopped stage has its slower half done
+        print(f"taking the autoencoder from {saved}")
+        earlier, metadata = load_checkpoint(saved, "autoencoder")
+        found = earlier.architecture["vae"], metadata["config"]["data"]["public"]
+        if found != (model.architecture["vae"], config.data.public):
+            raise ValueError(f"{saved} has another architecture or other data: give --overwrite or "
+                             "another --out")
+        model.vae = earlier.vae.to(config.device)
+        return model
+    train_autoencoder(model.vae, dataset.images, config)
+    save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config),
+                    part="autoencoder")
+    return model
 
 
-def run_private(config: Config, public: Path, target: Path) -> None:
-    """The private stage: fine-tune the model of checkpoint `public`; writes `target` and a grid of samples."""
-    dataset = config.load_data(config.private_data)
-    unfinished = target.with_suffix(".unfinished.pt")
-    begin, path = (interrupted_run, unfinished) if config.resume and unfinished.exists() else (new_run, public)
-    model, plan, earlier, public_config, state = begin(config, path, len(dataset.images), dataset.classes)
-    epsilon = dp_sgd.refuse_overspending(earlier, plan, config.eps, config.accountant)
-    model.to(config.torch_device)
-    names = private_parameter_names(model, config.attention_blocks, config.context_tokens, config.train)
-    if config.engine == "ghost":
-        dp_sgd.ghost_layers(model, names)   # complains now rather than after the announcement
-    announce(model, names, plan, epsilon, earlier, config, public_config["public_data"])
+def run_public(config: Config, target: Path) -> None:
+    """The public stage: autoencoder, latent scale, diffusion model; writes `target` and samples."""
+    if config.vae.n_embed and not config.run.pretrained:
+        raise ValueError("a VQ autoencoder is not trained here: give --pretrained FILE, or "
+                         "vae.n_embed 0")
+    rank = distributed.rank_and_world()[0]
+    dataset = load_images(config.data.public, config)
+    torch.manual_seed(config.public.seed)
+    model = build_model(config.architecture(len(dataset.classes))).to(config.device)
+    if rank:   # the same model everywhere, but other batches
+        torch.manual_seed(config.public.seed + rank)
+    print(f"public stage: {len(dataset.images):,} images of {config.data.public}; autoencoder "
+          f"{num_parameters(model.vae.parameters()):,} parameters, U-Net "
+          f"{num_parameters(model.unet.parameters()):,}")
+    target.parent.mkdir(parents=True, exist_ok=True)   # complains now rather than after training
+    local = distributed.local_batches(config)
+    with distributed.averaged_gradients(model.parameters()):
+        model = public_autoencoder(model, dataset, local, target.with_name("autoencoder.pt"))
+        z_0 = encode_dataset(model, dataset.images, config.device)
+        if not config.run.pretrained:   # the scale is still 1 here
+            model.latent_scale.copy_(1.0 / z_0.std())
+            z_0 *= model.latent_scale
+        rng = np.random.default_rng(config.public.seed + rank)
+        with bfloat16(model.unet, model.embedder, enabled=config.run.bf16):
+            train_public(model, z_0, conditions(model, dataset, config), local, rng)
+    runs.check_finite(model, "public.lr or autoencoder.lr")
+    if config.has_captions:
+        model.embedder.init_unseen_bytes(dataset.captions, LOOKALIKES)
+    save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
+    names = list(dict.fromkeys(dataset.captions))[:10] if config.has_captions else dataset.classes
+    save_samples(model, names, config, target, "public only")
+    distributed.wait_for_all()   # a private stage may read what the first process has just written
 
-    def facts_after(steps: int) -> dict:
-        ledger = [*earlier, dp_sgd.ledger_entry(plan, steps, config.insecure_noise_seed)]
-        return dict(classes=dataset.classes, config=dataclasses.asdict(config), public_config=public_config,
-                    plan=dataclasses.asdict(plan), ledger=ledger)
 
-    def keep(state: dict) -> None:
-        save_private(unfinished, model, **facts_after(state["steps"]), training=state)
+def public_model(config: Config, target: Path, num_classes: int) -> tuple[LatentDiffusion, dict]:
+    """The public model that is not there yet: official weights, or the public stage's."""
+    if config.run.public_checkpoint:
+        raise ValueError(f"--public-checkpoint {target} does not exist")
+    if config.run.pretrained:
+        return load_pretrained(config.run.pretrained, config.architecture(num_classes))
+    print(f"there is no public model at {target} yet: running the public stage first")
+    run_public(config, target)
+    return load_checkpoint(target)
 
-    z_0 = encode_all(model, dataset.images, config.torch_device)
-    train_private(model, z_0, config.conditions(dataset).to(config.torch_device), names, plan, config, state, keep)
-    save_private(target, model, **facts_after(plan.steps))
-    if rank_and_world()[0] == 0:   # the one that has written `target`
-        for leftover in (unfinished, dp_sgd.privacy_json(unfinished)):
-            leftover.unlink(missing_ok=True)
-    epsilons = dp_sgd.all_epsilons(facts_after(plan.steps)["ledger"], plan.delta)
-    spent = ", ".join(f"{epsilon:.4f} ({rule.upper()})" for rule, epsilon in epsilons.items())
-    print(f"spent epsilon = {spent} at delta = {plan.delta:g}: see {dp_sgd.privacy_json(target)}")
+
+def run_private(config: Config, files: runs.Files) -> None:
+    """The private stage: fine-tunes the public model, writes checkpoint, ledger and samples."""
+    dataset = load_images(config.data.private, config)
+    N, classes = len(dataset.images), dataset.classes
+    if config.run.resume and files.unfinished.exists():
+        run = runs.interrupted_run(config, files.unfinished, N, classes)
+    else:
+        run = runs.new_run(config, files.public, N, classes,
+                           lambda: public_model(config, files.public, len(classes)))
+    if datasets.same_source(run.public_data, config.data.private):
+        raise ValueError(f"{files.public} was trained on {config.data.private} without privacy")
+    runs.announce(run, config)
+    model, plan, device = run.model.to(config.device), run.plan, config.device
+    z_0 = encode_dataset(model, dataset.images, device)
+    labels, names = conditions(model, dataset, config), run.trained_names(config)
+    seed = config.private.insecure_noise_seed
+    if seed >= 0 and run.start:
+        seed += run.start["step"]
+    rng = distributed.secure_generator(seed if seed >= 0 else None)
+    with stop_after_step() as asked, bfloat16(model.unet, model.embedder, enabled=config.run.bf16):
+        saver = runs.Saver(model, plan.steps, config.run.save_every, distributed.shared_stop(asked),
+                           lambda training: run.save(files.unfinished, config, classes,
+                                                     training["step"], training=training))
+        train_private(model, z_0, labels, names, plan, config, rng, start=run.start, on_step=saver,
+                      clipped_sum=clipping_engine(model, z_0, labels, names, config))
+    runs.check_finite(model, "--private-lr")   # of weights that are private already
+    run.save(files.target, config, classes, plan.steps)
+    runs.remove_unfinished(files.unfinished)
+    runs.report(run, config, files.target)
     # The private captions are as private as the images: no grid shows them.
-    save_samples(model, list(config.prompts) if config.has_captions else dataset.classes, config, target,
-                 title=f"eps = {config.eps:g}")
+    names = list(config.samples.prompts) if config.has_captions else classes
+    save_samples(model, names, config, files.target, f"eps = {config.private.epsilon:g}")
 
 
-def save_private(path: Path, model: LatentDiffusion, ledger: list[dict], plan: dict, **facts) -> None:
-    """Write a checkpoint and its privacy.json; the latter just before the former takes its place, so that no checkpoint
-    is without one, nor with another's where the disk is full."""
-    save_checkpoint(path, model, lambda: dp_sgd.write_privacy_json(path, ledger, plan["delta"]), ledger=ledger,
-                    plan=plan, **facts)
+def clipping_engine(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
+                    names: list[str], config: Config) -> Callable:
+    """The function that clips and sums, in chunks of --physical-batch, shared by all processes."""
+    clipped_sum = ENGINES[config.run.clipping]
+    if config.run.physical_batch == "auto":
+        model.requires_grad_(False)   # as in the loop: other gradients would take memory
+        parameters = {name: model.get_parameter(name) for name in names}
+        dummy = torch.zeros_like(z_0[:1]), torch.zeros_like(labels[:1])   # only shapes matter
+        example = sample_t_and_noise(model, *dummy, config.private.noise_multiplicity, 0.0,
+                                     np.random.default_rng())
+        size = largest_physical_batch(clipped_sum, model, parameters, example,
+                                      config.private.expected_batch)
+    else:
+        size = int(config.run.physical_batch)
+    clipped_sum = distributed.summed(dp_sgd.in_chunks(clipped_sum, size))
+    return runs.showing_loss(clipped_sum, size) if config.run.show_private_loss else clipped_sum
 
 
-def announce(model: LatentDiffusion, names: list[str], plan: PrivacyPlan, epsilon: float, earlier: list[dict],
-             config: Config, public_data: str) -> None:
-    """Say, before the first step, what the private stage will do and spend."""
-    trained = count(map(model.get_parameter, names))
-    total = count(model.unet.parameters()) + count(model.embedder.parameters())
-    print(f"private stage: N = {plan.num_examples:,}, sample rate {plan.sample_rate:.5f}, {plan.steps:,} steps, "
-          f"sigma = {plan.noise_multiplier:.4f}, C = {plan.max_grad_norm:g}\n"
-          f"spends epsilon = {epsilon:.4f} at delta = {plan.delta:g} ({config.accountant.upper()}); "
-          f"trains {trained:,} of {total:,} parameters ({trained / total:.1%}) of a model that knows {public_data}")
-    if earlier:
-        print(f"of that epsilon, {dp_sgd.spent_epsilon(earlier, plan.delta, config.accountant):.4f} was spent before")
-    if plan.delta >= 1 / plan.num_examples:
-        print(f"WARNING: delta is not below 1/N = {1 / plan.num_examples:.1e}: it allows to publish single examples")
-    if config.insecure_noise_seed >= 0 or dp_sgd.is_seeded(earlier):
-        print("WARNING: --insecure-noise-seed: THIS RUN IS NOT PRIVATE. Whoever knows the seed can subtract the noise.")
-    if config.show_private_loss:
-        print("WARNING: the loss shown below is computed from private data without noise. Do not publish it.")
-
-
-# ---- command line ----------------------------------------------------------------------------------
-
-def save_samples(model: LatentDiffusion, names: list[str], config: Config, target: Path, title: str) -> None:
-    """Write, beside the checkpoint `target`, a PNG with samples of up to ten classes or captions."""
-    if not names:
-        print(f"wrote {target}; python sample.py {target} --prompt TEXT --grid FILE shows samples")
-        return
-    model.eval()
-    rows, columns = min(10, len(names)), 10
-    labels = model.conditions(names)[:rows].repeat_interleave(columns, dim=0).to(config.torch_device)
-    generator = torch.Generator().manual_seed(config.seed)
-    images = model.generate(labels, config.sample_steps, config.eta, config.guidance, generator, config.order)
-    picture = target.with_suffix(".png")
-    data.save_grid(picture, [(title, images.cpu().numpy().reshape(rows, columns, *images.shape[1:]), names[:rows])])
-    print(f"wrote {target} and {picture}")
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes of torchrun, if there are any; all but the first are silent."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()   # gloo for tensors on a CPU, nccl on GPUs
-    with ExitStack() as stack:
-        # Last of all, time for gloo's threads to end: where they share a core, an exit before that aborts the process.
-        stack.callback(time.sleep, 0.5)
-        stack.callback(dist.destroy_process_group)
-        if dist.get_rank() > 0:
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
-        yield
-
+# ---- command line ------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_args(argv, __doc__)
-    if config.describe:
-        print(describe(config))
+    if config.summary:
+        print(summary(config))
         return
-    with process_group():
-        run(config)
-
-
-def run(config: Config) -> None:
-    """The stage that the flags ask for, unless its files forbid it."""
-    public = Path(config.public_checkpoint or config.folder / "public.pt")
-    target = public if config.stage == "public" else config.folder / f"private-eps{config.eps:g}.pt"
-    unfinished = target.with_suffix(".unfinished.pt")
-    if target.exists() and config.resume and config.stage == "private":
-        print(f"{target} is complete: there is nothing to resume")
+    private = config.stage == "private"
+    if private and datasets.same_source(config.data.public, config.data.private):
+        raise ValueError(f"--public-data and --private-data are both {config.data.private}; "
+                         "they must differ")
+    files = runs.Files.of(config)
+    if private and config.run.resume and files.target.exists():
+        print(f"{files.target} is complete: there is nothing to resume")
         return
-    if unfinished.exists() and not (config.resume or config.overwrite):
-        raise ValueError(f"{unfinished} is an interrupted run: give --resume to go on, or --overwrite to start anew")
-    if target.exists() and not config.overwrite:
-        raise ValueError(f"{target} exists: give --overwrite to replace it, or another --out")
-    if target.suffix != ".pt":   # the picture beside it, or its ledger, would take its name
-        raise ValueError(f"--public-checkpoint {target} must end in .pt")
-    if config.torch_device.type == "cuda":   # TF32, as convolutions have it there; dp_sgd.full_precision is stricter
-        torch.set_float32_matmul_precision("high")
-    if config.stage == "public":
-        run_public(config, target)
-    else:
-        run_private(config, public, target)
+    files.check(config.run.resume, config.run.overwrite)
+    with distributed.process_group():
+        if config.device.type == "cuda":   # TF32; dp_sgd.full_precision is stricter where it counts
+            torch.set_float32_matmul_precision("high")
+        if private:
+            run_private(config, files)
+        else:
+            run_public(config, files.target)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Kill a private run at random moments (SIGKILL, 20 times) and resume it: does the ledger end as planned?
+"""Kill a private run at 20 random moments and resume it: does the ledger end as planned?
 
-    python benchmarks/kill.py          # a few minutes; prints one line per kill and the ledger at the end
+    python benchmarks/kill.py          # a few minutes; prints a line per kill, then the ledger
 
-A tiny model on random images, in a temporary folder: what is tested is the book-keeping, not the learning.
+The signal is SIGKILL. The model is tiny and the images are random, in a temporary folder: this
+tests the book-keeping, not the learning.
 """
 
 import random
@@ -13,52 +14,70 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from dp_sgd import spent_epsilon  # noqa: E402  (after the path is set)
-from ldm import load_checkpoint  # noqa: E402
+from runtime.checkpoints import load_checkpoint  # noqa: E402
+from runtime.ledger import spent_epsilon  # noqa: E402
 
 KILLS, STEPS = 20, 5_000
-FLAGS = ("--vae-channels 8 --vae-mult 1 1 2 --latent-channels 4 --vae-steps 2 --vae-batch 4 --unet-channels 16 "
-         "--unet-mult 1 --attention-resolutions 1 --num-heads 2 --context-dim 8 --public-steps 2 --public-batch 4 "
-         "--image-size 8 --expected-batch 8 --sample-steps 2 --eps 3 --save-every 5 --resume").split()
+SETTINGS = ["data.image_size=8", "vae.ch=8", "vae.ch_mult=[1, 1, 2]", "vae.z_channels=4",
+            "unet.model_channels=16", "unet.channel_mult=[1]", "unet.attention_resolutions=[1]",
+            "unet.num_heads=2", "unet.context_dim=8", "autoencoder.steps=2", "autoencoder.batch=4",
+            "public.steps=2", "public.batch=4", "samples.steps=2", "private.epsilon=3",
+            "private.expected_batch=8", f"private.epochs={STEPS * 8 / 24}", "run.save_every=5"]
 
 
 def make_images(folder: Path, count: int) -> Path:
     for i in range(count):
         path = folder / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
     return folder
+
+
+def command(out: Path) -> list[str]:
+    """A run of train.py in the folder `out`, begun or resumed."""
+    settings = [word for text in SETTINGS for word in ("--set", text)]
+    return [sys.executable, "train.py", *settings, "--resume", "--out", str(out),
+            "--public-data", str(make_images(out / "public", 12)),
+            "--private-data", str(make_images(out / "private", 24))]
+
+
+def kill_and_resume(run: list[str], unfinished: Path, target: Path) -> int:
+    """Start `run` and kill it, until it was killed KILLS times or ends; how often it was killed."""
+    for kills in range(KILLS):
+        if target.exists():
+            return kills
+        process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(random.uniform(2, 9))   # in the imports, in training, or in a write
+        process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            return kills
+        steps = load_checkpoint(unfinished)[1]["training"]["step"] if unfinished.exists() else 0
+        print(f"kill {kills + 1:2d}: {steps:5d} steps are safe", flush=True)
+    return KILLS
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        command = [sys.executable, "train.py", *FLAGS, "--epochs", str(STEPS * 8 / 24), "--out", folder,
-                   "--public-data", str(make_images(out / "public", 12)),
-                   "--private-data", str(make_images(out / "private", 24))]
         unfinished, target = out / "private-eps3.unfinished.pt", out / "private-eps3.pt"
-        kills = 0
-        while kills < KILLS and not target.exists():
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(random.uniform(2, 9))   # from the imports to the middle of training, or of a write
-            process.send_signal(signal.SIGKILL)
-            if process.wait() != -signal.SIGKILL:
-                break
-            kills += 1
-            steps = load_checkpoint(unfinished)[1]["training"]["steps"] if unfinished.exists() else 0
-            print(f"kill {kills:2d}: {steps:5d} steps are safe", flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = command(out)
+        kills = kill_and_resume(run, unfinished, target)
+        subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)
         ledger = load_checkpoint(target)[1]["ledger"]
-        print(f"{kills} kills; the ledger says {[entry['steps'] for entry in ledger]} steps (planned {STEPS}), "
-              f"epsilon {spent_epsilon(ledger, 1e-5):.6f} (budget 3)")
-        assert [entry["steps"] for entry in ledger] == [STEPS] and spent_epsilon(ledger, 1e-5) <= 3
-        assert not unfinished.exists()   # a kill during a write may leave a .partial file, which nobody reads
+        steps, epsilon = [entry["steps"] for entry in ledger], spent_epsilon(ledger, 1e-5)
+        print(f"{kills} kills; the ledger says {steps} steps (planned {STEPS}), epsilon "
+              f"{epsilon:.6f} (budget 3)")
+        assert steps == [STEPS] and epsilon <= 3
+        # A kill during a write may leave a .partial file, which nobody reads.
+        assert not unfinished.exists()
 
 
 if __name__ == "__main__":

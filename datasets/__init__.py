@@ -1,0 +1,116 @@
+"""Images and labels by name: rendered, published, or your own.
+
+`load(source, split)` returns a Dataset of uint8 images [N, H, W, C] with labels [N]. A source is
+    letters             rendered letters A-Z a-z, public       (40,000 train, 5,000 test)
+    digits              rendered digits in another style, "private"  (20,000 train, 5,000 test)
+    pen-letters         letters as written with a pen, thin to thick, public  (60,000, 5,000)
+    pen-letters-varied  also turned or mirrored (208 classes), some with a bar or loop more
+    captioned-letters, captioned-digits
+                        with captions: "a thin digit 7 leaning right". The training digits lack
+                        some combinations of digit, weight and slant (glyphs.held_out)
+    scenes              letters and shapes on textured backgrounds, 256x256, public, with captions
+                        (4,000 train, 140 test)
+    scenes-private      digits, other shapes and other colours, "private"  (4,000, 140)
+    leaves              coloured dead leaves, 32x32, public: for private photographs
+                        (40,000 train, 1,000 test)
+    a name              mnist, fashion-mnist, emnist-letters, svhn, cifar10, cifar100,
+                        celeba (or celeba:Smiling, ...), celebahq, imagenet32 or imagenet64:
+                        the publisher's files in DATA_DIR/NAME
+    a path              an .npz of images and labels, or a folder or zip of images. The images are
+                        in class sub-folders or have captions in a metadata.jsonl, below train/
+                        and test/ or without test images
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from datasets import download, folders, formats
+from datasets.formats import Dataset
+from datasets.rendered import GLYPHS, RENDERED, load_rendered
+
+__all__ = ["GREY_28", "Dataset", "load", "same_source"]
+
+GREY_28 = (*GLYPHS, "mnist", "fashion-mnist", "emnist-letters")   # 28x28 grey images
+
+# name -> reader of (folder, split, image_size, channels). The first readers return images as
+# they are stored, the others convert each one or each batch by itself.
+PUBLISHED: dict[str, Callable[[Path, str, int, int], Dataset]] = {
+    "mnist": lambda folder, split, *_: formats.load_mnist(folder, split),
+    "fashion-mnist": lambda folder, split, *_: formats.load_mnist(
+        folder, split, "fashion-mnist", formats.FASHION),
+    "emnist-letters": lambda folder, split, *_: formats.load_emnist_letters(folder, split),
+    "svhn": lambda folder, split, *_: formats.load_svhn(folder, split),
+    "cifar10": lambda folder, split, *_: formats.load_cifar(folder, split, 10),
+    "cifar100": lambda folder, split, *_: formats.load_cifar(folder, split, 100),
+    "imagenet32": lambda folder, split, *target: formats.load_imagenet(folder, split, 32, *target),
+    "imagenet64": lambda folder, split, *target: formats.load_imagenet(folder, split, 64, *target),
+    "celeba": folders.load_celeba,
+    "celebahq": folders.load_celebahq,
+}
+
+
+def load(source: str, split: str, data_dir: str = "data", image_size: int = 32,
+         channels: int = 1) -> Dataset:
+    """The `split` ("train" or "test") of a source, at image_size x image_size, in 1 or 3 channels.
+
+    Grey 28x28 images get a black border up to 32x32. Images of other sizes are resampled, other
+    channels converted, and a line is printed about it. ValueError for an unknown source and for
+    missing, damaged or mismatched files, naming the file.
+    """
+    if split not in ("train", "test") or channels not in (1, 3) or image_size < 1:
+        raise ValueError(f"cannot load the split {split!r} with {channels} channels at size "
+                         f"{image_size}: give train or test, 1 or 3, and a positive size")
+    if source in RENDERED:
+        dataset = load_rendered(source, split)
+    elif (name := source.partition(":")[0]) in PUBLISHED and name in (source, "celeba"):
+        dataset = load_published(source, split, data_dir, image_size, channels)
+    else:
+        dataset = load_path(source, split, image_size, channels)
+    if source in GREY_28:
+        dataset.images = with_border(dataset.images, image_size)
+    dataset.images = formats.convert(dataset.images, image_size, channels, source)
+    return dataset
+
+
+def load_published(source: str, split: str, data_dir: str, image_size: int,
+                   channels: int) -> Dataset:
+    """A published set, from DATA_DIR/NAME; MNIST's files may also lie in DATA_DIR itself."""
+    name, _, attribute = source.partition(":")
+    folder = download.folder_of(name, data_dir)
+    if name == "mnist" and not folder.is_dir() and Path(data_dir).name not in download.NAMES:
+        folder = Path(data_dir)
+    options = [attribute] if attribute else []
+    return PUBLISHED[name](folder, split, image_size, channels, *options)
+
+
+def load_path(source: str, split: str, image_size: int, channels: int) -> Dataset:
+    """An .npz, a folder or a zip. ValueError if there is none of this path."""
+    path = Path(source)
+    if path.suffix == ".npz" and path.is_file():
+        return formats.load_npz(path, split)
+    if path.exists():
+        return folders.load_folder(path, split, image_size, channels)
+    names = ", ".join([*RENDERED, *download.NAMES])
+    raise ValueError(f"unknown data {source!r}: give {names}, or an .npz, folder or zip that "
+                     "exists")
+
+
+def with_border(images: np.ndarray, image_size: int) -> np.ndarray:
+    """28x28 images with zeros around: up to image_size if it is 28 to 32, else up to 32x32."""
+    border = (image_size if 28 <= image_size <= 32 else 32) - 28
+    before, after = border // 2, border - border // 2
+    return np.pad(images, ((0, 0), (before, after), (before, after), (0, 0)))
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two sources are the same images.
+
+    One file may have two paths, and one set may have classes by two attributes.
+    """
+    def identity(source: str) -> str:
+        path = Path(source)
+        return str(path.resolve()) if path.exists() else source.partition(":")[0]
+
+    return identity(one) == identity(other)

@@ -1,0 +1,317 @@
+"""What a Dataset is, and readers of publishers' files: IDX, .npz, .mat, binary batches.
+
+Images stay bytes: a float32 copy of a large set would not fit into memory. Images of other sizes or
+colours are converted one by one. Damaged files are refused by name.
+"""
+
+import gzip
+import string
+import struct
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image
+from tqdm import tqdm
+
+from runtime.distributed import log_once
+from runtime.files import UNREADABLE, array_names, read_arrays
+
+COLOURS = {1: "grey", 3: "colour"}
+DIGITS = list(string.digits)
+FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+           "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+@dataclass
+class Dataset:
+    """Images, and what they show. ValueError unless labels and captions are as many as images."""
+    images: np.ndarray                  # uint8 [N, H, W, C]
+    labels: np.ndarray                  # int64 [N]
+    classes: list[str]                  # the name of each label
+    captions: list[str] | None = None   # a sentence for each image
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "captions"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.images):
+                raise ValueError(f"{len(self.images)} images but {len(values)} {name}: "
+                                 "they must be as many")
+
+
+# ---- sizes and channels ------------------------------------------------------------------------
+
+def convert_one(image: Image.Image, image_size: int, channels: int,
+                crop: bool = False) -> np.ndarray:
+    """A picture as uint8 [image_size, image_size, channels].
+
+    It is squeezed into a square, or its central square is taken (crop).
+    """
+    image = image.convert("L" if channels == 1 else "RGB")
+    if crop:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    resized = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    return np.asarray(resized).reshape(image_size, image_size, channels)
+
+
+def convert(images: np.ndarray, image_size: int, channels: int, name: str) -> np.ndarray:
+    """uint8 [N, H, W, 1 or 3] -> [N, image_size, image_size, channels].
+
+    Returns the same array if nothing is to convert; otherwise prints so, once for each `name`.
+    """
+    N, height, width, stored = images.shape
+    if (height, width, stored) == (image_size, image_size, channels):
+        return images
+    log_once(f"{name}: images of {height}x{width} pixels in {COLOURS[stored]} are converted to "
+             f"{image_size}x{image_size} in {COLOURS[channels]}")
+    converted = np.empty((N, image_size, image_size, channels), np.uint8)
+    progress = tqdm(images, desc=f"converting {name}", unit_scale=True, disable=N < 20_000)
+    for i, image in enumerate(progress):
+        picture = Image.fromarray(image[..., 0] if stored == 1 else image)
+        converted[i] = convert_one(picture, image_size, channels)
+    return converted
+
+
+# ---- .npz --------------------------------------------------------------------------------------
+
+def load_npz(path: Path, split: str) -> Dataset:
+    """An .npz of uint8 `images` [N, H, W] or [N, H, W, C] and integer `labels`, for training.
+
+    With test images it holds train_images, train_labels, test_images and test_labels. The largest
+    label of both splits decides how many classes there are.
+    """
+    with_splits = "test_images" in array_names(path)
+    if split == "test" and not with_splits:
+        raise ValueError(f"{path} has no test_images and test_labels: "
+                         "its images are all for training")
+    prefixes = ("train_", "test_") if with_splits else ("",)
+    arrays = read_arrays(path, [f"{prefix}labels" for prefix in prefixes])
+    labels = dict(zip(prefixes, arrays, strict=True))
+    chosen = f"{split}_" if with_splits else ""
+    images, = read_arrays(path, [f"{chosen}images"])
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(f"the images of {path} are {images.dtype} {images.shape}: "
+                         "give uint8 [N, H, W] or [N, H, W, 1 or 3]")
+    for array in arrays:
+        check_labels(path, array)
+    largest = max(int(array.max()) for array in arrays)
+    classes = [str(k) for k in range(largest + 1)]
+    return Dataset(images, labels[chosen].reshape(-1).astype(np.int64), classes)
+
+
+def check_labels(path: Path, labels: np.ndarray) -> None:
+    """ValueError unless the labels are integers from 0 up, one per image."""
+    is_column = labels.size > 0 and labels.shape[:1] == (labels.size,)
+    if not is_column or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"the labels of {path} are {labels.dtype} {labels.shape}: "
+                         "give integers [N] from 0 up")
+
+
+# ---- IDX: MNIST, Fashion-MNIST, EMNIST ---------------------------------------------------------
+
+def read_idx(path: Path, content: bytes | None = None) -> np.ndarray:
+    """An unsigned-byte array in IDX format: 00 00 08 (rank), big-endian uint32 sizes, the bytes.
+
+    content: the bytes of the file, where they come out of an archive. ValueError naming the file if
+    it is damaged or of another type.
+    """
+    try:
+        content = path.read_bytes() if content is None else content
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        zeros, kind, rank = struct.unpack_from(">HBB", content)
+        shape = struct.unpack_from(f">{rank}I", content, 4)
+        array = np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is no readable IDX file: {error}") from error
+    if (zeros, kind) != (0, 8):
+        raise ValueError(f"{path} is no IDX file of unsigned bytes")
+    return array
+
+
+def find_idx(folder: Path, part: str, name: str) -> np.ndarray:
+    """The array of PART or PART.gz in a folder, or of gzip/PART.gz in its gzip.zip, as EMNIST's."""
+    for path in (folder / part, folder / f"{part}.gz"):
+        if path.is_file():
+            return read_idx(path)
+    packed, inside = folder / "gzip.zip", f"gzip/{part}.gz"
+    if packed.is_file():
+        return read_idx(packed / inside, read_members(packed, [inside])[inside])
+    raise ValueError(f"{folder / part}[.gz] is missing: `python data.py --get {name}` fetches it")
+
+
+def load_idx(folder: Path, prefix: str, name: str, classes: list[str], first: int = 0) -> Dataset:
+    """PREFIX-images-idx3-ubyte and PREFIX-labels-idx1-ubyte, gzipped or not.
+
+    The images are 28x28 and grey; the labels count from `first`.
+    """
+    images = find_idx(folder, f"{prefix}-images-idx3-ubyte", name)
+    labels = find_idx(folder, f"{prefix}-labels-idx1-ubyte", name)
+    last = first + len(classes) - 1
+    fitting = images.shape == (len(labels), 28, 28) and labels.ndim == 1
+    if not fitting or not np.isin(labels, range(first, last + 1)).all():
+        raise ValueError(f"{folder / prefix}-images-idx3-ubyte and its labels have the shapes "
+                         f"{images.shape} and {labels.shape}: {name} has [N, 28, 28] and [N], "
+                         f"labels from {first} to {last}")
+    return Dataset(images[..., None], labels.astype(np.int64) - first, list(classes))
+
+
+def load_mnist(folder: Path, split: str, name: str = "mnist",
+               classes: list[str] = DIGITS) -> Dataset:
+    """MNIST (LeCun et al. 1998), or Fashion-MNIST (Xiao et al. 2017) with the same file names."""
+    return load_idx(folder, {"train": "train", "test": "t10k"}[split], name, classes)
+
+
+def load_emnist_letters(folder: Path, split: str) -> Dataset:
+    """EMNIST letters (Cohen et al. 2017): a class holds a letter's capital and small forms.
+
+    The files hold the images transposed.
+    """
+    classes = list(string.ascii_uppercase)
+    dataset = load_idx(folder, f"emnist-letters-{split}", "emnist-letters", classes, first=1)
+    dataset.images = np.ascontiguousarray(dataset.images.swapaxes(1, 2))
+    return dataset
+
+
+# ---- SVHN --------------------------------------------------------------------------------------
+
+def load_svhn(folder: Path, split: str) -> Dataset:
+    """SVHN's cropped digits (Netzer et al. 2011).
+
+    The .mat holds X uint8 [32, 32, 3, N] and y [N, 1], where 10 stands for 0.
+    """
+    path = folder / f"{split}_32x32.mat"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: `python data.py --get svhn` fetches it")
+    try:
+        arrays = scipy.io.loadmat(path)
+        images, labels = arrays["X"], arrays["y"].reshape(-1)
+    except Exception as error:   # SciPy raises whatever the damaged bytes lead it to
+        raise ValueError(f"{path} is no readable .mat of X and y: {error}") from error
+    fitting = images.shape == (32, 32, 3, len(labels)) and images.dtype == np.uint8
+    if not fitting or not np.isin(labels, range(1, 11)).all():
+        raise ValueError(f"{path} holds X {images.dtype} {images.shape} and y {labels.shape}: SVHN "
+                         "has uint8 [32, 32, 3, N] and [N, 1], labels from 1 to 10")
+    images = np.ascontiguousarray(images.transpose(3, 0, 1, 2))
+    return Dataset(images, labels.astype(np.int64) % 10, list(DIGITS))
+
+
+# ---- CIFAR -------------------------------------------------------------------------------------
+
+def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """The named files of a .zip or a .tar.gz, read in one pass.
+
+    ValueError naming the archive if it is damaged or lacks a file.
+    """
+    names = list(names)
+    try:
+        members_of = members_of_zip if path.suffix == ".zip" else members_of_tar
+        found = members_of(path, names)
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is no readable archive: {error}") from error
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{path} lacks {missing[0]}")
+    return found
+
+
+def members_of_zip(path: Path, names: list[str]) -> dict[str, bytes]:
+    """The named files of a zip, as many as it has."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in names if name in archive.namelist()}
+
+
+def members_of_tar(path: Path, names: list[str]) -> dict[str, bytes]:
+    """The named files of a .tar.gz, as many as it has."""
+    with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        found = {member.name: archive.extractfile(member).read()
+                 for member in archive if member.name in names and member.isfile()}
+        while stream.read(1 << 20):   # to the end, where gzip has its checksum
+            pass
+    return found
+
+
+def load_cifar(folder: Path, split: str, number: int) -> Dataset:
+    """The binary version of CIFAR-10 or CIFAR-100 (Krizhevsky 2009), packed or unpacked.
+
+    A record is one label and 3 x 32 x 32 bytes: red, green, blue. In CIFAR-100 two labels stand
+    there, coarse and fine; the fine one is taken.
+    """
+    if number == 10:
+        inner, labels_file, heads = "cifar-10-batches-bin", "batches.meta.txt", 1
+        batches = [f"data_batch_{k}.bin" for k in range(1, 6)]
+        parts = batches if split == "train" else ["test_batch.bin"]
+    else:
+        inner, labels_file, heads = "cifar-100-binary", "fine_label_names.txt", 2
+        parts = [f"{split}.bin"]
+    names = [f"{inner}/{part}" for part in (labels_file, *parts)]
+    archive = folder / f"cifar-{number}-binary.tar.gz"
+    if all((folder / name).is_file() for name in names):
+        archive, contents = folder, {name: (folder / name).read_bytes() for name in names}
+    elif archive.is_file():
+        contents = read_members(archive, names)
+    else:
+        raise ValueError(f"{archive} is missing: `python data.py --get cifar{number}` fetches it "
+                         "(the binary version; the others are not read)")
+    classes = contents[names[0]].decode("ascii", "replace").split()
+    records = np.concatenate([read_records(archive / name, contents[name], heads, number)
+                              for name in names[1:]])
+    if len(classes) != number:
+        raise ValueError(f"{archive / names[0]} is damaged: there are {number} classes")
+    images = records[:, heads:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return Dataset(np.ascontiguousarray(images), records[:, heads - 1].astype(np.int64), classes)
+
+
+def read_records(path: Path, content: bytes, heads: int, number: int) -> np.ndarray:
+    """uint8 [N, heads + 3072]. ValueError naming the file if the last head is no label."""
+    size = heads + 3072
+    if len(content) % size:
+        raise ValueError(f"{path} is damaged: its records are not all {size} bytes long")
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    if records[:, heads - 1].max(initial=0) >= number:
+        raise ValueError(f"{path} is damaged: it has labels that are not below {number}")
+    return records
+
+
+# ---- downsampled ImageNet ----------------------------------------------------------------------
+
+def load_imagenet(folder: Path, split: str, stored: int, image_size: int,
+                  channels: int) -> Dataset:
+    """Downsampled ImageNet (Chrabaszcz et al. 2017), whose images are `stored` pixels high.
+
+    The files are .npz batches of `data` uint8 [N, 3 stored^2] and of labels from 1 to 1000. Batches
+    are converted one by one: at 64x64 all of them together take 16 GB.
+    """
+    pattern = "train_data_batch_*.npz" if split == "train" else "val_data.npz"
+    paths = sorted(folder.rglob(pattern), key=lambda p: (len(p.name), p.name))
+    if not paths:
+        wanted = pattern.replace("*", "K")
+        raise ValueError(f"{folder} holds no {wanted}: `python data.py --get imagenet{stored}` "
+                         "says where to get them")
+    labels = [read_arrays(path, ["labels"])[0].reshape(-1) for path in paths]
+    images = np.empty((sum(map(len, labels)), image_size, image_size, channels), np.uint8)
+    start = 0
+    progress = tqdm(paths, desc=f"reading imagenet{stored}", disable=len(paths) < 2)
+    for path, part in zip(progress, labels, strict=True):
+        batch = read_imagenet_batch(path, part, stored)
+        stop = start + len(part)
+        images[start:stop] = convert(batch, image_size, channels, f"imagenet{stored}")
+        start = stop
+    classes = [f"{k:04d}" for k in range(1, 1001)]
+    return Dataset(images, np.concatenate(labels).astype(np.int64) - 1, classes)
+
+
+def read_imagenet_batch(path: Path, labels: np.ndarray, stored: int) -> np.ndarray:
+    """The images of one batch, uint8 [N, stored, stored, 3]."""
+    data, = read_arrays(path, ["data"])
+    shape = len(labels), 3 * stored**2
+    fitting = data.shape == shape and data.dtype == np.uint8
+    if not fitting or not np.isin(labels, range(1, 1001)).all():
+        raise ValueError(f"{path} holds data {data.dtype} {data.shape}: imagenet{stored} has uint8 "
+                         f"{shape} for as many labels, which go from 1 to 1000")
+    return data.reshape(-1, 3, stored, stored).transpose(0, 2, 3, 1)

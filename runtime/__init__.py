@@ -1,0 +1,1 @@
+"""What running needs: settings, files, checkpoints, the ledger, several processes, pictures."""

@@ -1,0 +1,239 @@
+"""A run and its files: begin, announce, save, stop, resume."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.func import functional_call
+from tqdm import tqdm
+
+from dp_sgd import PrivacyPlan, Tensors, make_plan
+from ldm import EMA, LatentDiffusion
+from runtime import ledger
+from runtime.checkpoints import build_model, load_checkpoint, save_checkpoint
+from runtime.classes import match_classes, new_class_embedder
+from runtime.config import Config
+from runtime.describe import num_parameters
+from runtime.distributed import is_first_process
+from variants.lora import add_lora
+from variants.trainable import private_parameter_names
+
+# ---- names of files ----------------------------------------------------------------------------
+
+@dataclass
+class Files:
+    """Where a run reads and writes."""
+    public: Path       # the public model
+    target: Path       # what this run makes
+    unfinished: Path   # what an interrupted private run left
+
+    @classmethod
+    def of(cls, config: Config) -> "Files":
+        public = Path(config.run.public_checkpoint or config.folder / "public.pt")
+        private = config.folder / f"private-eps{config.private.epsilon:g}.pt"
+        target = public if config.stage == "public" else private
+        return cls(public, target, target.with_suffix(".unfinished.pt"))
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """ValueError if this run would replace files that it was not told to replace."""
+        if self.unfinished.exists() and not (resume or overwrite):
+            raise ValueError(f"{self.unfinished} is an interrupted run: give --resume to go on, or "
+                             "--overwrite to start anew")
+        if self.target.exists() and not overwrite:
+            raise ValueError(f"{self.target} exists: give --overwrite to replace it, or another "
+                             "--out")
+        if self.target.suffix != ".pt":   # the picture beside it would take its name
+            raise ValueError(f"--public-checkpoint {self.target} must end in .pt")
+
+
+# ---- what a private run starts from ------------------------------------------------------------
+
+@dataclass
+class PrivateRun:
+    """A private run: its model, its plan, and what they depend on."""
+    model: LatentDiffusion
+    plan: PrivacyPlan
+    earlier: list[dict]      # ledger of the private runs behind the public model
+    public_config: dict      # settings of the public stage
+    start: dict | None = None    # what `Saver` kept of an interrupted run
+
+    @property
+    def public_data(self) -> str:
+        return self.public_config["data"]["public"]
+
+    def trained_names(self, config: Config) -> list[str]:
+        """Names of the parameters that the private stage trains."""
+        return private_parameter_names(self.model, config.context_tokens, config.private.trainable)
+
+    def save(self, path: Path, config: Config, classes: list[str], steps: int,
+             **metadata: object) -> None:
+        """Write a checkpoint after `steps` steps, with its privacy.json just before it.
+
+        So no checkpoint is without one, nor with another's where the disk is full.
+        """
+        entry = ledger.ledger_entry(self.plan, steps, config.private.insecure_noise_seed)
+        whole = [*self.earlier, entry]
+        save_checkpoint(
+            path, self.model, lambda: ledger.write_privacy_json(path, whole, self.plan.delta),
+            classes=classes, config=dataclasses.asdict(config), public_config=self.public_config,
+            plan=dataclasses.asdict(self.plan), ledger=whole, **metadata)
+
+
+def interrupted_run(config: Config, path: Path, num_examples: int,
+                    classes: list[str]) -> PrivateRun:
+    """The interrupted run in `path`. ValueError if settings or data would change its course."""
+    model, metadata = load_checkpoint(path)
+    if difference := config.changed(metadata["config"]):
+        name, planned, value = difference
+        raise ValueError(f"{path} was planned and begun with {name} {planned}, not {value}: "
+                         "go on with that, or give --overwrite to start anew")
+    begun_with = metadata["plan"]["num_examples"], metadata["classes"]
+    if begun_with != (num_examples, classes):
+        raise ValueError(f"{path} was begun with {begun_with[0]} examples of {begun_with[1]}, not "
+                         f"{num_examples} of {classes}: the data have changed")
+    print(f"going on with {path} after {metadata['training']['step']} steps")
+    return PrivateRun(model, PrivacyPlan(**metadata["plan"]), metadata["ledger"][:-1],
+                      metadata["public_config"], metadata["training"])
+
+
+def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
+            public_model: Callable) -> PrivateRun:
+    """A run from the public model, with embeddings for the private classes.
+
+    public_model() -> (model, metadata), called if `public` does not exist yet. ValueError if the
+    budget does not allow the run, or if the model is another than the settings ask for.
+    """
+    if public.exists() and config.run.pretrained:
+        raise ValueError(f"there are two public models, {public} and --pretrained: leave out "
+                         "--pretrained or give another --out")
+    model, metadata = load_checkpoint(public) if public.exists() else (None, {})
+    earlier, private = metadata.get("ledger", []), config.private
+    # A budget that cannot be met is refused before the public stage.
+    plan = make_plan(num_examples, private.expected_batch, private.epochs, private.max_grad_norm,
+                     private.epsilon, private.delta, ledger.ACCOUNTANTS[private.accountant],
+                     ledger.segments(earlier))
+    if model is None:
+        with torch.device("meta"):   # so is a --trainable that the model does not have
+            private_parameter_names(build_model(config.architecture(len(classes))),
+                                    config.context_tokens, private.trainable)
+        model, metadata = public_model()
+    wanted = config.architecture(model.architecture["num_classes"])
+    if "lora_rank" in model.architecture:   # an earlier private run added it
+        wanted["lora_rank"] = model.architecture["lora_rank"]
+    if model.architecture != wanted:
+        raise ValueError(f"{public} has another architecture than the settings ask for: "
+                         "give the settings it was trained with, or another --out")
+    starts = match_classes(classes, metadata["classes"])
+    model = new_class_embedder(model, starts, len(classes))
+    if private.trainable.startswith("lora") and "lora_rank" not in model.architecture:
+        add_lora(model.unet, private.lora_rank, config.public.seed)
+        model.architecture["lora_rank"] = private.lora_rank
+    public_config = metadata.get("public_config", metadata["config"])
+    return PrivateRun(model, plan, earlier, public_config)
+
+
+def announce(run: PrivateRun, config: Config) -> None:
+    """Say, before the first step, what the private stage will do and spend.
+
+    ValueError if that is more than the budget.
+    """
+    plan, model, private = run.plan, run.model, config.private
+    epsilon = ledger.check_overspending(run.earlier, plan, private.epsilon, private.accountant)
+    trained = num_parameters(map(model.get_parameter, run.trained_names(config)))
+    total = num_parameters((*model.unet.parameters(), *model.embedder.parameters()))
+    print(f"private stage: N = {plan.num_examples:,}, sample rate {plan.sample_rate:.5f}, "
+          f"{plan.steps:,} steps, sigma = {plan.noise_multiplier:.4f}, C = {plan.max_grad_norm:g}\n"
+          f"spends epsilon = {epsilon:.4f} at delta = {plan.delta:g} "
+          f"({private.accountant.upper()}); trains {trained:,} of {total:,} parameters "
+          f"({trained / total:.1%}) of a model that knows {run.public_data}")
+    if run.earlier:
+        before = ledger.spent_epsilon(run.earlier, plan.delta, private.accountant)
+        print(f"of that epsilon, {before:.4f} was spent before")
+    if plan.delta >= 1 / plan.num_examples:
+        print(f"WARNING: delta is not below 1/N = {1 / plan.num_examples:.1e}: it allows to "
+              "publish single examples")
+    if private.insecure_noise_seed >= 0 or ledger.is_seeded(run.earlier):
+        print("WARNING: --insecure-noise-seed: THIS RUN IS NOT PRIVATE. Whoever knows the seed can "
+              "subtract the noise.")
+    if config.run.show_private_loss:
+        print("WARNING: the loss shown below is computed from private data without noise. "
+              "Do not publish it.")
+
+
+def report(run: PrivateRun, config: Config, target: Path) -> None:
+    """Say what has been spent, by every accountant that reaches so far."""
+    entry = ledger.ledger_entry(run.plan, run.plan.steps)
+    epsilons = ledger.all_epsilons([*run.earlier, entry], run.plan.delta)
+    spent = ", ".join(f"{epsilon:.4f} ({name.upper()})" for name, epsilon in epsilons.items())
+    print(f"spent epsilon = {spent} at delta = {run.plan.delta:g}: see "
+          f"{ledger.privacy_json(target)}")
+
+
+# ---- between two steps -------------------------------------------------------------------------
+
+class Saver:
+    """train_private's on_step: saves every save_every steps, and stops where it was asked to.
+
+    save(training) writes a checkpoint. stop is true once the run was asked to stop.
+    """
+
+    def __init__(self, model: LatentDiffusion, total: int, save_every: int, stop: object,
+                 save: Callable[[dict], None]):
+        self.model, self.total, self.save_every = model, total, save_every
+        self.stop, self.save = stop, save
+
+    def __call__(self, step: int, parameters: Tensors, optimizer: torch.optim.Optimizer,
+                 ema: EMA) -> None:
+        stop_now = bool(self.stop)
+        if step % self.save_every == 0 or stop_now:
+            self.model.load_state_dict(ema.shadow, strict=False)
+            self.save(dict(step=step, parameters=parameters, ema=ema.shadow,
+                           optimizer=optimizer.state_dict()))
+        if stop_now:
+            raise KeyboardInterrupt(f"stopped after {step} of {self.total} steps: the same command "
+                                    "with --resume goes on from here")
+
+
+def showing_loss(clipped_sum: Callable, examples: int) -> Callable:
+    """clipped_sum, which also prints the mean loss of some examples: NOT PRIVATE."""
+    calls = itertools.count()
+
+    def sum_and_show(model: LatentDiffusion, parameters: Tensors, batch: tuple[torch.Tensor, ...],
+                     C: float) -> Tensors:
+        if next(calls) % 10 == 0 and len(batch[0]):
+            draws = tuple(x[:examples].flatten(0, 1) for x in batch)
+            with torch.no_grad():
+                loss = functional_call(model, parameters, draws).mean()
+            tqdm.write(f"not_private_loss={loss.item():.3f}")
+        return clipped_sum(model, parameters, batch, C)
+
+    return sum_and_show
+
+
+def restore(start: dict | None, parameters: Tensors, optimizer: torch.optim.Optimizer,
+            ema: EMA) -> int:
+    """Put everything back as `Saver` kept it, in place; the step to go on with."""
+    if start is None:
+        return 0
+    for name, p in parameters.items():
+        p.copy_(start["parameters"][name])
+        ema.shadow[name].copy_(start["ema"][name])
+    optimizer.load_state_dict(start["optimizer"])
+    ema.step = start["step"]
+    return start["step"]
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what an interrupted run left, once the finished checkpoint is written."""
+    if is_first_process():
+        for leftover in (path, ledger.privacy_json(path)):
+            leftover.unlink(missing_ok=True)
+
+
+def check_finite(model: LatentDiffusion, settings: str) -> None:
+    """ValueError if a weight is not finite: lower `settings`."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ValueError(f"training has diverged, nothing is saved: give a lower {settings}")

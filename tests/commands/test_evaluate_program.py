@@ -1,0 +1,248 @@
+"""evaluate.py, the program: distances, its report, and what it refuses."""
+
+import functools
+import hashlib
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import datasets
+import evaluate
+from datasets import rendered
+from runtime.files import read_arrays
+from tiny import refuse
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+class StandIn(nn.Module):
+    """Instead of Inception: the means of four corners of uint8 images with three channels."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        if not return_features or images.dtype != torch.uint8 or images.shape[1] != 3:
+            raise RuntimeError("not called as Inception is")
+        x = images.float()
+        return torch.stack([x[:, 0, :16, :16].mean((1, 2)), x[:, 1, :16, 16:].mean((1, 2)),
+                            x[:, 2, 16:, :16].mean((1, 2)), x[:, 0, 16:, 16:].mean((1, 2))], 1)
+
+
+def corners(images: np.ndarray) -> np.ndarray:
+    x = images[..., 0].astype(np.float64)
+    return np.stack([x[:, i:i + 16, j:j + 16].mean((1, 2)) for i in (0, 16) for j in (0, 16)], 1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder that the program runs in, with few digits in a cache of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rendered, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(rendered, "COUNTS", {"digits": {"train": 150, "test": 50},
+                                             "letters": {"train": 9, "test": 60}})
+    return tmp_path
+
+
+@pytest.fixture
+def stand_in(folder):
+    """What tells that network's file from others, and where it is not: nobody answers there."""
+    path = folder / "network.pt"
+    torch.jit.save(torch.jit.script(StandIn()), path)
+    return evaluate.NetworkFile("http://127.0.0.1:9/network.pt", path.stat().st_size,
+                                hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def write_samples(path: Path, size: int = 32, labels: object = np.arange(40) % 10,
+                  origin: str = "{}") -> Path:
+    """An .npz as sample.py writes it."""
+    images = np.random.default_rng(0).integers(0, 256, (40, size, size, 1), np.uint8)
+    np.savez(path, images=images, labels=labels, origin=np.array(origin))
+    return path
+
+
+ORIGIN = dict(checkpoint="private.pt", sha256="ab", epsilon=1.98, delta=1e-5)
+
+
+@pytest.fixture
+def samples(folder):
+    return write_samples(folder / "eps2.npz", origin=json.dumps(ORIGIN))
+
+
+def run(*arguments: object, inception: evaluate.NetworkFile = evaluate.INCEPTION) -> dict:
+    """The report of a quick evaluation."""
+    evaluate.main([*map(str, arguments), "--steps", "2", "--seeds", "1", "--device", "cpu",
+                   "--json", "r.json", "--overwrite"], inception)
+    return json.loads(Path("r.json").read_text())
+
+
+def table(printed: str) -> list[list[str]]:
+    return [line.split() for line in printed.splitlines()[1:]]
+
+
+# ---- distances ---------------------------------------------------------------------------------
+
+def test_fid_end_to_end_with_a_stand_in_network(stand_in, samples, capsys):
+    report = run(samples, "--real-baseline", "--inception", "network.pt", inception=stand_in)
+    a = corners(read_arrays(samples)[0])
+    b = corners(datasets.load("digits", "train").images)
+    root = np.sqrt(np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(0)).sum()
+    traces = np.trace(np.cov(a.T) + np.cov(b.T))
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * root
+    fake, real = report["results"]
+    assert fake["FID"] == pytest.approx(expected, rel=1e-4)   # the network is in float32
+    assert "FID" not in real   # of the real images to themselves it is 0
+    assert table(capsys.readouterr().out)[0][-1] == "FID"
+
+
+def test_the_distance_without_inception_is_never_called_fid(samples, monkeypatch, capsys):
+    quick = functools.partial(evaluate.train_feature_classifier, steps=5)
+    monkeypatch.setattr(evaluate, "train_feature_classifier", quick)
+    report = run(samples, "--frechet")
+    assert report["results"][0]["Frechet"] > 0
+    assert "FID" not in capsys.readouterr().out + Path("r.json").read_text()
+
+
+def test_real_statistics_are_cached_by_images_and_network(folder):
+    images, calls = np.zeros((20, 4, 4, 1), np.uint8), []
+
+    def features(images: np.ndarray) -> list[torch.Tensor]:
+        calls.append(1)
+        return [torch.eye(20)]
+
+    first = evaluate.real_statistics("photos.zip", images, features, "a")
+    again = evaluate.real_statistics("photos.zip", images, features, "a")
+    assert len(calls) == 1
+    assert all(np.array_equal(x, y) for x, y in zip(first, again, strict=True))
+    changed = images.copy()
+    changed[0, 0, 0, 0] = 1
+    evaluate.real_statistics("photos.zip", changed, features, "a")
+    evaluate.real_statistics("photos.zip", images, features, "b")
+    assert len(calls) == 3
+    assert len(list((folder / "cache").glob("inception-photos-train-4-*.npz"))) == 3
+
+
+def test_download_fetches_the_network_once(stand_in, samples, folder):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    arguments = samples, "--inception", "sub/fetched.pt", "--download"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/network.pt"
+        report = run(*arguments, inception=stand_in._replace(url=address))
+        server.shutdown()
+    assert "FID" in report["results"][0]
+    assert Path("sub/fetched.pt").read_bytes() == Path("network.pt").read_bytes()
+    assert run(*arguments, inception=stand_in)["results"][0]["FID"] == report["results"][0]["FID"]
+
+
+def test_a_failed_download_names_address_and_place(stand_in, folder):
+    with pytest.raises(ValueError, match=r"cannot fetch http://127.0.0.1:9[^\n]*"
+                                         r"put that file at \S*missing.pt"):
+        evaluate.fetch_inception(folder / "missing.pt", stand_in)
+
+
+# ---- the report --------------------------------------------------------------------------------
+
+def test_json_holds_every_number_and_where_it_is_from(samples, capsys):
+    evaluate.main([str(samples), "--real-baseline", "--classifiers", "logreg", "mlp", "--seeds",
+                   "3", "--epochs", "2", "--json", "r.json"])
+    report, lines = json.loads(Path("r.json").read_text()), table(capsys.readouterr().out)
+    assert report["command"].startswith("python evaluate.py ")
+    assert "--epochs 2" in report["command"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert (report["real"], report["test_images"], report["seeds"]) == ("digits", 50, 3)
+    synthetic, baseline = report["results"]
+    assert synthetic["origin"] == ORIGIN and baseline["origin"] == {"real": True}
+    assert (synthetic["images"], baseline["images"]) == (40, 150)
+    for result, line in ((synthetic, lines[1]), (baseline, lines[2])):
+        for name in ("logreg", "mlp"):
+            found = result["accuracy"][name]
+            assert len(found["scores"]) == 3
+            assert found["mean"] == pytest.approx(np.mean(found["scores"]))
+            assert found["spread"] == pytest.approx(np.std(found["scores"], ddof=1))
+            assert found["steps"] == -(-2 * result["images"] * 9 // 10 // 128)
+            assert f"{found['mean']:.2%}" in line
+    assert lines[1][:3] == ["eps2", "40", "1.98"] and lines[2][2:4] == ["150", "-"]
+
+
+def test_json_is_written_after_every_row(samples, monkeypatch):
+    measure, rows = evaluate.measure, []
+
+    def fail_at_the_second(*args):
+        rows.append(1)
+        if len(rows) == 2:
+            raise RuntimeError("power cut")
+        return measure(*args)
+
+    monkeypatch.setattr(evaluate, "measure", fail_at_the_second)
+    with pytest.raises(RuntimeError):
+        run(samples, "--real-baseline")
+    assert [r["name"] for r in json.loads(Path("r.json").read_text())["results"]] == ["eps2"]
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def files(samples, folder):
+    """The files that the table below names."""
+    write_samples(folder / "small.npz", 16)
+    write_samples(folder / "fractions.npz", labels=np.arange(40) / 3)
+    write_samples(folder / "words.npz", labels=np.array(["a"] * 40))
+    write_samples(folder / "negative.npz", labels=np.arange(40) - 1)
+    write_samples(folder / "fewer.npz", labels=np.arange(39) % 10)
+    write_samples(folder / "classes.npz", labels=np.arange(40) % 11)
+    np.savez(folder / "nine.npz", images=np.zeros((9, 32, 32, 1), np.uint8), labels=np.arange(9))
+    for name, origin in (("no-json", "private.pt"), ("number", "3"), ("list", '["a"]'),
+                         ("captions", '{"prompts": ["a thin digit 7"]}')):
+        write_samples(folder / f"{name}.npz", origin=origin)
+    (folder / "report.json").write_text("{}")
+    (folder / "other.pt").write_bytes(b"another network")
+
+
+NPZ = "must hold uint8 images [n, H, W, C] and integer labels [n] from 0 up, at least 10"
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    ("", "nothing to do: give .npz files of sample.py, or --real-baseline"),
+    ("eps2.npz --epochs 0", "--epochs positive"),
+    ("eps2.npz --epochs nan", "--epochs positive"),
+    ("eps2.npz --steps 0", "--steps must be at least 1"),
+    ("eps2.npz --seeds 0", "--seeds and --steps must be at least 1"),
+    ("eps2.npz --steps 5 --epochs 1", "not allowed with"),
+    ("eps2.npz --classifiers oracle", "invalid choice: 'oracle'"),
+    ("eps2.npz --classifiers logreg wrn --wrn 11 1", "--wrn must be a depth of 10, 16, 22"),
+    ("small.npz --classifiers cnn", "the cnn needs images of at least 18x18, not 16x16"),
+    ("eps2.npz --json report.json", "report.json exists: give another name, or --overwrite"),
+    ("eps2.npz --device nowhere", "device 'nowhere' cannot be used here"),
+    ("eps2.npz --download", "--download needs --inception FILE"),
+    ("eps2.npz --inception missing.pt", "missing.pt does not exist: add --download, or fetch "
+                                        + evaluate.INCEPTION.url),
+    ("eps2.npz --inception other.pt", "other.pt is damaged or another network"),
+    ("eps2.npz --real nonsense", "unknown data 'nonsense'"),
+    ("missing.npz", "missing.npz is no readable .npz of images and labels"),
+    ("fractions.npz", f"fractions.npz {NPZ}"),
+    ("words.npz", f"words.npz {NPZ}"),
+    ("negative.npz", f"negative.npz {NPZ}"),
+    ("fewer.npz", f"fewer.npz {NPZ}"),
+    ("nine.npz", f"nine.npz {NPZ}"),
+    ("no-json.npz", "no-json.npz has an entry 'origin' that is not sample.py's"),
+    ("number.npz", "number.npz has an entry 'origin'"),
+    ("list.npz", "list.npz has an entry 'origin'"),
+    ("captions.npz", "captions.npz holds samples of captions"),
+    ("eps2.npz small.npz", "small has other image sizes or more classes"),
+    ("classes.npz", "classes has other image sizes or more classes"),
+    ("--real letters --real-baseline", "real letters has 9 images: a tenth of them is held out"),
+])
+def test_bad_input_is_refused_before_training(files, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.setattr(evaluate, "optimise", None)
+    assert complaint in refuse(capsys, evaluate.main, arguments.split())
+
+
+def test_an_unwritable_report_is_refused_before_training(samples, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "optimise", None)
+    monkeypatch.setattr(evaluate.os, "access", lambda *args: False)   # root may write anywhere
+    message = refuse(capsys, evaluate.main, ["eps2.npz", "--json", "r.json"])
+    assert "r.json cannot be written" in message

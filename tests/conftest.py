@@ -1,0 +1,95 @@
+"""Fixtures that tests of all floors share. Plain helpers stand in tiny.py."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import audit
+import dp_sgd
+
+# ---- broken copies of the private step, and faults around it -----------------------------------
+
+SHUFFLING = "shuffling accounted as Poisson"
+PHYSICAL_RATE = "accountant fed the physical batch size"
+PUBLISHED_SEED = "a published seed"
+
+
+def shuffling(chunk: int) -> audit.Mechanism:
+    """Correct code whose batches are pieces of a shuffled order."""
+    batches = []
+
+    def sample(plan: dp_sgd.PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
+        if not batches:
+            batches.extend(audit.shuffled_batches(plan, rng))
+        return batches.pop(0)
+
+    return replace(audit.correct(chunk), sample=sample)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mechanism", default="correct code",
+                     choices=[*audit.MECHANISMS, SHUFFLING, PHYSICAL_RATE, PUBLISHED_SEED],
+                     help="put a broken copy of the private step (audit.py) under the tests")
+
+
+@pytest.fixture
+def variant(request: pytest.FixtureRequest) -> str:
+    """The name of the private step under test."""
+    return request.config.getoption("--mechanism")
+
+
+@pytest.fixture
+def mechanism(variant: str) -> Callable:
+    """The private step under test: a function (chunk) -> audit.Mechanism."""
+    return {**audit.MECHANISMS, SHUFFLING: shuffling}.get(variant, audit.correct)
+
+
+@pytest.fixture
+def new_generator(variant: str) -> Callable:
+    """A function () -> the generator of a private run under test."""
+    if variant == PUBLISHED_SEED:
+        return lambda: np.random.default_rng(0)
+    return dp_sgd.secure_generator
+
+
+@pytest.fixture(autouse=True)
+def sample_rate(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans take the rate of a chunk for the rate of a step, where that is the variant."""
+    if variant == PHYSICAL_RATE:
+        rate = property(lambda plan: audit.PHYSICAL_BATCH / plan.num_examples)
+        monkeypatch.setattr(dp_sgd.PrivacyPlan, "sample_rate", rate)
+
+
+# ---- what a run does ---------------------------------------------------------------------------
+
+@pytest.fixture
+def optimizer_steps() -> object:
+    """The gradients seen at every step of any optimiser: a list of lists of tensors."""
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: seen.append(
+        [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]))
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def recorded() -> object:
+    """A clipped_sum for train_private that records its calls (model, parameters, batch, C).
+
+    With .stub set it computes nothing: every gradient is zero.
+    """
+    class Recorded(list):
+        stub = False
+        clipped_sum = staticmethod(dp_sgd.in_chunks(dp_sgd.clipped_gradient_sum, 3))
+
+        def __call__(self, model, parameters, batch, C):
+            self.append((model, parameters, batch, C))
+            if self.stub:
+                return {name: p.new_zeros(p.shape) for name, p in parameters.items()}
+            return self.clipped_sum(model, parameters, batch, C)
+
+    return Recorded()

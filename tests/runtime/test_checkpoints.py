@@ -1,0 +1,216 @@
+"""Checkpoints: what is saved comes back; damaged, foreign and malicious files are refused."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import LatentDiffusion
+from runtime.checkpoints import build_model, load_checkpoint, save_checkpoint
+from tiny import configure, tiny_model
+from variants.text import TextEmbedder
+from variants.unconditional import NoEmbedder
+from variants.vq import AutoencoderVQ
+
+ARCHITECTURE = configure().architecture(3)
+
+
+@pytest.fixture
+def model() -> LatentDiffusion:
+    return tiny_model().float()
+
+
+def assert_equal_weights(one: LatentDiffusion, other: LatentDiffusion) -> None:
+    assert list(one.state_dict()) == list(other.state_dict())
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+# ---- saving and loading ------------------------------------------------------------------------
+
+def test_a_checkpoint_round_trip(model, tmp_path):
+    model.latent_scale.fill_(0.7)
+    path = tmp_path / "runs" / "public.pt"
+    save_checkpoint(path, model.train(), classes=["a", "b", "c"], config={}, spent=1.5)
+    loaded, metadata = load_checkpoint(path)
+    assert metadata["classes"] == ["a", "b", "c"] and metadata["spent"] == 1.5
+    assert loaded.architecture == ARCHITECTURE and not loaded.training
+    assert_equal_weights(loaded, model)
+
+    def images(m):
+        return m.generate(torch.tensor([0, 2]), 3, 1.0, 2.0, torch.Generator().manual_seed(0))
+
+    assert torch.equal(images(loaded), images(model.eval()))
+    assert [p.name for p in path.parent.iterdir()] == ["public.pt"]
+
+
+@pytest.mark.parametrize("settings, part, kind", [
+    (["text.length=6", "text.layers=2"], "embedder", TextEmbedder),
+    (["unet.context_dim=0"], "embedder", NoEmbedder),
+    (["vae.n_embed=5"], "vae", AutoencoderVQ)])
+def test_the_architecture_chooses_the_parts(settings, part, kind, tmp_path):
+    model = tiny_model(*settings).float()
+    save_checkpoint(tmp_path / "model.pt", model, classes=[], config={})
+    loaded, _ = load_checkpoint(tmp_path / "model.pt")
+    assert type(getattr(loaded, part)) is kind
+    assert_equal_weights(loaded, model)
+
+
+def test_low_rank_weights_come_back(tmp_path):
+    model = build_model({**ARCHITECTURE, "lora_rank": 2})
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    added = [name for name in model.state_dict() if ".lora." in name]
+    assert added and all(2 in model.get_parameter(name).shape for name in added)
+    save_checkpoint(tmp_path / "model.pt", model, classes=[], config={})
+    loaded, _ = load_checkpoint(tmp_path / "model.pt")
+    assert loaded.architecture["lora_rank"] == 2
+    assert_equal_weights(loaded, model)
+
+
+def test_a_part_is_no_whole_model(model, tmp_path):
+    whole, part = tmp_path / "public.pt", tmp_path / "autoencoder.pt"
+    save_checkpoint(whole, model, classes=[], config={})
+    save_checkpoint(part, model, classes=[], config={}, part="autoencoder")
+    assert_equal_weights(load_checkpoint(part, "autoencoder")[0], model)
+    load_checkpoint(whole, "autoencoder")   # a whole model has an autoencoder
+    with pytest.raises(ValueError, match="holds a trained autoencoder only"):
+        load_checkpoint(part)
+
+
+# ---- files that are refused --------------------------------------------------------------------
+
+def saved(content: object) -> Callable[[Path, LatentDiffusion], None]:
+    return lambda path, model: torch.save(content, path)
+
+
+def written(content: bytes) -> Callable[[Path, LatentDiffusion], None]:
+    return lambda path, model: path.write_bytes(content)
+
+
+def without(key: str) -> Callable[[Path, LatentDiffusion], None]:
+    def save(path: Path, model: LatentDiffusion) -> None:
+        content = {"architecture": ARCHITECTURE, "model": model.state_dict(), "classes": [],
+                   "config": {}}
+        del content[key]
+        torch.save(content, path)
+    return save
+
+
+def save_damaged(path: Path, model: LatentDiffusion) -> None:
+    save_checkpoint(path, model, classes=[], config={})
+    content = bytearray(path.read_bytes())
+    start = content.index(b"architecture")
+    content[start:start + 400] = bytes(400)
+    path.write_bytes(content)
+
+
+def save_with_other_sizes(path: Path, model: LatentDiffusion) -> None:
+    model.architecture = {**ARCHITECTURE, "num_classes": 4}
+    save_checkpoint(path, model, classes=[], config={})
+
+
+DAMAGED = "is damaged or of another program"
+REFUSED = {
+    "missing": (lambda path, model: None, "does not exist"),
+    "folder": (lambda path, model: path.mkdir(), "does not exist"),
+    "no classes": (without("classes"), "it lacks classes"),
+    "no config": (without("config"), "it lacks config"),
+    "no architecture": (without("architecture"), DAMAGED),
+    "no weights": (without("model"), DAMAGED),
+    "damaged": (save_damaged, DAMAGED),
+    "other sizes": (save_with_other_sizes, DAMAGED),
+    "empty": (written(b""), DAMAGED),
+    "text": (written(b"not a checkpoint\n"), DAMAGED),
+    "zip": (written(b"PK\x03\x04"), DAMAGED),
+    "png": (written(b"\x89PNG\r\n\x1a\n"), DAMAGED),
+    "json": (written(b'{"model": 1}'), DAMAGED),
+    "broken pickle": (written(b"\x80\x02."), DAMAGED),   # it stops with nothing on the stack
+    "no keys": (saved({}), DAMAGED),
+    "other keys": (saved({"state_dict": {"w": torch.zeros(2)}}), DAMAGED),
+    "other weights": (saved({"architecture": ARCHITECTURE, "model": {"w": torch.zeros(2)}}),
+                      DAMAGED),
+    "other architecture": (saved({"architecture": {"dim": 4}, "model": {}}), DAMAGED),
+    "weights None": (saved({"architecture": ARCHITECTURE, "model": None}), DAMAGED),
+    "words": (saved({"architecture": "unet", "model": {}}), DAMAGED),
+    "list": (saved([1, 2]), DAMAGED),
+    "None": (saved(None), DAMAGED),
+    "tensor": (saved(torch.zeros(3)), DAMAGED),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")   # of the bare tensor
+@pytest.mark.parametrize("write, reason", REFUSED.values(), ids=REFUSED)
+def test_a_foreign_file_is_refused(model, tmp_path, write, reason):
+    path = tmp_path / "model.pt"
+    write(path, model)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_refused(model, tmp_path):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, model, classes=[], config={})
+    content = path.read_bytes()
+    for size in (1, 10, 1_000, 20_000, len(content) - 300, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=DAMAGED):
+            load_checkpoint(path)
+
+
+class Malicious:
+    """Unpickling it creates a file, as any code could."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.target), "w")
+
+
+@pytest.mark.parametrize("write", [
+    torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))],
+    ids=["torch.save", "pickle"])
+def test_code_in_a_checkpoint_is_not_run(model, tmp_path, write):
+    path, target = tmp_path / "model.pt", tmp_path / "owned"
+    write({"architecture": ARCHITECTURE, "model": model.state_dict(), "classes": [], "config": {},
+           "extra": Malicious(target)}, path)
+    with pytest.raises(ValueError, match="model.pt is damaged"):
+        load_checkpoint(path)
+    assert not target.exists()
+
+
+# ---- saving that fails -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()],
+                         ids=["full disk", "Ctrl-C"])
+def test_a_failed_save_keeps_the_old_checkpoint(model, tmp_path, monkeypatch, error):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, model, classes=[], config={}, spent=1)
+    old = path.read_bytes()
+
+    def stop_halfway(content, file):
+        file.write(b"half a checkpoint")
+        raise error
+
+    monkeypatch.setattr(torch, "save", stop_halfway)
+    with pytest.raises(type(error)):
+        save_checkpoint(path, model, classes=[], config={}, spent=2)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metadata_that_cannot_be_saved_leaves_no_file(model, tmp_path):
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        save_checkpoint(tmp_path / "model.pt", model, fact=lambda: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_commit_comes_before_the_new_file(model, tmp_path):
+    path, seen = tmp_path / "model.pt", []
+    path.write_bytes(b"old")
+    save_checkpoint(path, model, lambda: seen.append(path.read_bytes()), classes=[], config={})
+    assert seen == [b"old"]
+    load_checkpoint(path)

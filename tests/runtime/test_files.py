@@ -1,0 +1,117 @@
+"""Files are whole or absent; arrays come back as they were, and damaged ones are refused."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.files import array_names, atomic_write, read_arrays, save_arrays
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
+LABELS = np.arange(6)
+
+
+def test_atomic_write_replaces_at_the_end(tmp_path):
+    path = tmp_path / "new" / "file"
+    with atomic_write(path) as file:
+        file.write(b"first")
+        assert not path.exists()
+    with atomic_write(path) as file:
+        file.write(b"second")
+        file.flush()
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_on_commit_is_called_before_the_file_is_replaced(tmp_path):
+    path, seen = tmp_path / "file", []
+    path.write_bytes(b"old")
+
+    def on_commit() -> None:
+        partial, = tmp_path.glob("*.partial")
+        seen.append((path.read_bytes(), partial.read_bytes()))
+
+    with atomic_write(path, on_commit) as file:
+        file.write(b"new")
+    assert seen == [(b"old", b"new")] and path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", ["while writing", "on commit"])
+def test_an_exception_leaves_the_old_file(tmp_path, error, when):
+    def fail() -> None:
+        raise error
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    on_commit = fail if when == "on commit" else lambda: None
+    with pytest.raises(error), atomic_write(path, on_commit) as file:
+        file.write(b"half of the ne")
+        if when == "while writing":
+            fail()
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, written in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"content")
+        assert (tmp_path / "file").exists() == written
+
+
+def test_arrays_come_back_as_they_were(tmp_path):
+    path = tmp_path / "mine.npz"
+    save_arrays(path, images=IMAGES, labels=LABELS)
+    assert array_names(path) == ["images", "labels"]
+    images, labels = read_arrays(path)
+    assert np.array_equal(images, IMAGES) and images.dtype == np.uint8
+    assert np.array_equal(labels, LABELS) and labels.dtype == LABELS.dtype
+    with pytest.raises(ValueError, match="mine.npz is no readable .npz of mean and covariance"):
+        read_arrays(path, ("mean", "covariance"))
+
+
+def npy() -> bytes:
+    file = io.BytesIO()
+    np.save(file, LABELS)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("read", [array_names, read_arrays])
+@pytest.mark.parametrize("content", [b"", b"text", npy()], ids=["empty", "text", "npy"])
+def test_what_is_no_npz_is_refused(tmp_path, read, content):
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="mine.npz is no readable .npz"):
+        read(tmp_path / "mine.npz")
+
+
+def test_pickled_objects_are_never_loaded(tmp_path):
+    np.savez(tmp_path / "mine.npz", images=np.array([{}], object))
+    with pytest.raises(ValueError, match="mine.npz is no readable .npz of images"):
+        read_arrays(tmp_path / "mine.npz", ["images"])
+
+
+def damage(path: Path, at: int) -> None:
+    """Overwrite three bytes of an .npz, the first of them `at` bytes behind its directory."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\1\2") + at
+    content[start:start + 3] = b"\xfd\xfd\xfd"
+    path.write_bytes(content)
+
+
+def test_a_damaged_directory_is_refused_or_harmless(tmp_path):
+    refused = 0
+    for at in range(0, 60, 3):
+        save_arrays(tmp_path / "mine.npz", images=IMAGES, labels=LABELS)
+        damage(tmp_path / "mine.npz", at)
+        try:
+            images, _ = read_arrays(tmp_path / "mine.npz")
+        except ValueError as error:
+            assert "mine.npz" in str(error)
+            refused += 1
+        else:   # of dates, attributes and the like nothing depends
+            assert np.array_equal(images, IMAGES)
+    assert 5 < refused < 20
