@@ -35,7 +35,7 @@ from torch import nn
 import accountant
 import dp_sgd
 import train
-from dp_sgd import PrivacyPlan, Tensors, in_chunks, private_parameter_names
+from dp_sgd import Batch, PrivacyPlan, Tensors, in_chunks, private_parameter_names
 from ldm import LatentDiffusion, sample_t_and_noise
 from runtime.checkpoints import build_model
 from runtime.cli import Parser, one_line_errors
@@ -107,8 +107,8 @@ class Mechanism:
     add_noise: Callable = dp_sgd.add_noise
     sample: Callable = dp_sgd.poisson_sample
 
-    def step(self, model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-             plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
+    def step(self, model: nn.Module, parameters: Tensors, batch: Batch, plan: PrivacyPlan,
+             rng: np.random.Generator) -> Tensors:
         """The private gradient of one batch: all that an optimiser may see of it."""
         total = self.clipped_sum(model, parameters, batch, plan.max_grad_norm)
         return self.add_noise(total, plan, rng)
@@ -127,8 +127,7 @@ def with_another_plan(change: Callable) -> Callable:
     def misled(chunk: int) -> Mechanism:
         sizes, clipped_sum = [], correct(chunk).clipped_sum
 
-        def sum_and_count(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                          C: float) -> Tensors:
+        def sum_and_count(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
             sizes.append(len(batch[0]))
             return clipped_sum(model, parameters, batch, C)
 
@@ -150,8 +149,7 @@ def without_clipping(chunk: int) -> Mechanism:
 
 
 def clipping_the_average(chunk: int) -> Mechanism:
-    def clipped_sum(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                    C: float) -> Tensors:
+    def clipped_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
         total = without_clipping(chunk).clipped_sum(model, parameters, batch, C)
         norm = torch.stack([s.norm() for s in total.values()]).norm() / max(1, len(batch[0]))
         weight = (C / norm).clamp(max=1.0)
@@ -161,8 +159,7 @@ def clipping_the_average(chunk: int) -> Mechanism:
 
 def with_the_embedder_apart(chunk: int) -> Mechanism:
     """U-Net and embedder are clipped to C each: an example's part may have the norm sqrt(2) C."""
-    def clipped_sum(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                    C: float) -> Tensors:
+    def clipped_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
         total = {}
         grads = dp_sgd.per_example_gradients(model, parameters, batch)
         for part in ("unet", "embedder"):

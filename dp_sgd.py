@@ -28,6 +28,7 @@ import accountant
 from unet import AttentionBlock, SpatialTransformer
 
 Tensors = dict[str, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]   # what the loss takes, each tensor [B, K, ...]
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,10 @@ def poisson_sample(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(rng.random(plan.num_examples) < plan.sample_rate))
 
 
-def per_example_gradients(model: nn.Module, parameters: Tensors,
-                          batch: tuple[torch.Tensor, ...]) -> Tensors:
+def per_example_gradients(model: nn.Module, parameters: Tensors, batch: Batch) -> Tensors:
     """Each example's gradient of the mean loss of its K draws: {name: [B, *shape of parameter]}.
 
-    batch: tensors [B, K, ...]; model(*draws) -> losses [K].
+    model(*draws) -> losses [K].
     """
     def loss(parameters: Tensors, *draws: torch.Tensor) -> torch.Tensor:
         return functional_call(model, parameters, draws).mean()
@@ -142,12 +142,11 @@ def full_precision() -> Iterator[None]:
 
 
 @full_precision()
-def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                         C: float) -> Tensors:
+def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
     """sum_i g_i min(1, C / ||g_i||), the norm taken over all the parameters jointly.
 
-    batch: tensors [B, K, ...], B > 0. An example whose gradient is not finite contributes zero: no
-    scale could clip it to C. variants/ghost.py computes the same sum faster.
+    B > 0. An example whose gradient is not finite contributes zero: no scale could clip it to C.
+    variants/ghost.py computes the same sum faster.
     """
     grads = per_example_gradients(model, parameters, batch)
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)   # [B]
@@ -158,8 +157,7 @@ def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: tuple[tor
 
 def in_chunks(clipped_sum: Callable, physical_batch: int) -> Callable:
     """clipped_sum with at most physical_batch examples in memory. An empty batch sums to zero."""
-    def sum_of_chunks(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                      C: float) -> Tensors:
+    def sum_of_chunks(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         if len(batch[0]) == 0:   # split would return one empty chunk
             return total
@@ -183,7 +181,5 @@ def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Te
     # One question for all parameters: a GPU answers slowly.
     finite = torch.stack([s.isfinite().all() for s in total.values()])
     if not finite.all():
-        name = list(total)[finite.int().argmin()]
-        raise ValueError(f"the noisy sum of clipped gradients of {name} is not finite: "
-                         "training has diverged")
+        raise ValueError("the noisy sum of clipped gradients is not finite: training has diverged")
     return {name: s / (plan.expected_batch * plan.max_grad_norm) for name, s in total.items()}

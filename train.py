@@ -97,8 +97,7 @@ def train_private(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tenso
     optimizer = torch.optim.Adam(parameters.values(), lr=private.lr, fused=True)
     ema = EMA(parameters, config.diffusion.ema_decay)
     first = runs.restore(start, parameters, optimizer, ema)
-    for step in trange(first, plan.steps, initial=first, total=plan.steps,
-                       desc=f"private, eps={private.epsilon:g}"):
+    for step in trange(first, plan.steps, initial=first, total=plan.steps, desc="private"):
         on_step(step, parameters, optimizer, ema)
         i = sample(plan, rng).to(z_0.device)                                 # 1. who takes part
         batch = sample_t_and_noise(model, z_0[i], labels[i], private.noise_multiplicity,

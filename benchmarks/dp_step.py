@@ -36,7 +36,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dp_sgd import clipped_gradient_sum, in_chunks, private_parameter_names
+from dp_sgd import Batch, clipped_gradient_sum, in_chunks, private_parameter_names
 from ldm import ClassEmbedder, LatentDiffusion
 from runtime.config import Config
 from runtime.memory import peak_memory
@@ -56,7 +56,6 @@ CUDA_ENGINES = [*ENGINES, "ordinary-tf32", "ghost-tf32"]
 OTHERS = ["ordinary-compile", "ghost-compile", "ordinary-graphs"]   # if asked for
 WAYS = ("bf16", "tf32", "compile", "graphs")
 
-Batch = tuple[torch.Tensor, ...]   # z_0, t, eps, condition, each [B, K, ...]
 
 
 def setting(name: str, device: str) -> tuple[dict, int, int, int]:
@@ -257,7 +256,7 @@ def compare(models: list[str], engines: list[str], rounds: int, batch: int | Non
 
 
 def cells_of(found: dict[str, list[dict]], others: list[str]) -> list[str]:
-    """The ordinary step's speed and memory, and how many times those the others take."""
+    """Speed and memory of the ordinary step; of the others, its multiples of time (memory)."""
     if "ordinary" not in found:   # what the others are compared with
         return ["-"] * (1 + len(others))
     rates = {engine: max(r["rate"] for r in runs) for engine, runs in found.items()}

@@ -5,8 +5,7 @@
 
 One middle step of train.py's loops is traced, from the end of one to the end of the next. Every
 function of this project that is entered counts in full, the loop included, without blank lines,
-comments and docstrings. The networks are left out: vae.py, unet.py and the embedders. So is what
-`on_step` does between two steps: saving, and stopping at Ctrl-C.
+comments and docstrings. The networks are left out: vae.py, unet.py and the embedders.
 """
 
 import argparse
@@ -30,6 +29,7 @@ from dp_sgd import PrivacyPlan, private_parameter_names  # noqa: E402
 from ldm import EMA  # noqa: E402
 from runtime.checkpoints import build_model  # noqa: E402
 from runtime.config import Config  # noqa: E402
+from runtime.runs import Saver  # noqa: E402
 
 NETWORKS = {"vae.py", "unet.py"}
 OUTSIDE = {".venv", "benchmarks", "tests"}
@@ -132,8 +132,9 @@ def trace(stage: str, clipping: str = "vmap", steps: int = 3) -> Footprint:
         run = functools.partial(train.train_public, model, z_0, labels, config, rng)
     else:   # q is 1: no batch is empty
         plan = PrivacyPlan(12, 12, steps, 1.0, config.private.max_grad_norm, config.private.delta)
+        saver = Saver(model, steps, steps, [], lambda training: None)
         run = functools.partial(
-            train.train_private, model, z_0, labels, names, plan, config, rng,
+            train.train_private, model, z_0, labels, names, plan, config, rng, on_step=saver,
             clipped_sum=train.clipping_engine(model, z_0, labels, names, config))
     before = sys.getprofile()
     sys.setprofile(tracer)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import dp_sgd
-from dp_sgd import Tensors
+from dp_sgd import Batch, Tensors
 
 
 def is_first_process() -> bool:
@@ -89,8 +89,7 @@ def summed(clipped_sum: Callable) -> Callable:
     if world == 1:
         return clipped_sum
 
-    def sum_of_shares(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                      C: float) -> Tensors:
+    def sum_of_shares(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
         total = clipped_sum(model, parameters, tuple(x[rank::world] for x in batch), C)
         sum_over_processes(total.values())
         return total

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dp_sgd import Tensors
+from dp_sgd import Batch, Tensors
 
 
 def peak_memory(device: torch.device) -> int:
@@ -20,7 +20,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def largest_physical_batch(clipped_sum: Callable, model: nn.Module, parameters: Tensors,
-                           example: tuple[torch.Tensor, ...], most: int) -> int:
+                           example: Batch, most: int) -> int:
     """The largest power of two of examples, below 2 * most, that half of the memory is enough for.
 
     example: tensors [1, K, ...], which are repeated. Only their shapes matter: make them up.

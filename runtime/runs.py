@@ -10,7 +10,7 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-from dp_sgd import PrivacyPlan, Tensors, make_plan
+from dp_sgd import Batch, PrivacyPlan, Tensors, make_plan
 from ldm import EMA, LatentDiffusion
 from runtime import ledger
 from runtime.checkpoints import build_model, load_checkpoint, save_checkpoint
@@ -189,19 +189,23 @@ class Saver:
                  ema: EMA) -> None:
         stop_now = bool(self.stop)
         if step % self.save_every == 0 or stop_now:
-            self.model.load_state_dict(ema.shadow, strict=False)
-            self.save(dict(step=step, parameters=parameters, ema=ema.shadow,
-                           optimizer=optimizer.state_dict()))
+            self.save_state(step, parameters, optimizer, ema)
         if stop_now:
             raise KeyboardInterrupt(f"stopped after {step} of {self.total} steps: the same command "
                                     "with --resume goes on from here")
+
+    def save_state(self, step: int, parameters: Tensors, optimizer: torch.optim.Optimizer,
+                   ema: EMA) -> None:
+        self.model.load_state_dict(ema.shadow, strict=False)
+        self.save(dict(step=step, parameters=parameters, ema=ema.shadow,
+                       optimizer=optimizer.state_dict()))
 
 
 def showing_loss(clipped_sum: Callable, examples: int) -> Callable:
     """clipped_sum, which also prints the mean loss of some examples: NOT PRIVATE."""
     calls = itertools.count()
 
-    def sum_and_show(model: LatentDiffusion, parameters: Tensors, batch: tuple[torch.Tensor, ...],
+    def sum_and_show(model: LatentDiffusion, parameters: Tensors, batch: Batch,
                      C: float) -> Tensors:
         if next(calls) % 10 == 0 and len(batch[0]):
             draws = tuple(x[:examples].flatten(0, 1) for x in batch)

@@ -25,17 +25,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from dp_sgd import Tensors, full_precision
+from dp_sgd import Batch, Tensors, full_precision
 
 # What is kept of one parameter: [x, g], or [gradient [B, size]] where that has fewer numbers.
 Factors = list[torch.Tensor]
 
 
-def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: tuple[torch.Tensor, ...],
-                         C: float) -> Tensors:
+def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
     """sum_i g_i min(1, C / ||g_i||), as dp_sgd.clipped_gradient_sum.
 
-    batch: tensors [B, K, ...], B > 0. Parameters that the loss does not reach are left out.
+    B > 0. Parameters that the loss does not reach are left out.
     """
     factors = activations_and_backprops(model, parameters, batch)
     norms = joint_norms(factors)
@@ -76,7 +75,7 @@ def has_rule(layer: nn.Module) -> bool:
 
 
 def activations_and_backprops(model: nn.Module, parameters: Tensors,
-                              batch: tuple[torch.Tensor, ...]) -> dict[str, Factors]:
+                              batch: Batch) -> dict[str, Factors]:
     """What norms and sums are made of, where example i's loss is the mean of model(*its K draws).
 
     batch: tensors [B, K, ...]. Returns {name: [x [B, T, inputs], g [B, T, outputs]]}, or {name:

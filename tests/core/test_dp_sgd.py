@@ -387,7 +387,7 @@ def test_the_noise_does_not_follow_the_global_seeds(mechanism, new_generator):
 def test_a_noisy_sum_that_is_not_finite_is_refused(value):
     total = zeros(SHAPES)
     total["unet.b.weight"][0, 2] = value
-    with pytest.raises(ValueError, match=r"of unet\.b\.weight is not finite: .* diverged"):
+    with pytest.raises(ValueError, match="not finite: .* diverged"):
         add_noise(total, plan_with(0.7), np.random.default_rng(0))
 
 
