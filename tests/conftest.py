@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import audit
 import dp_sgd
+import train
+from tiny import FLAGS, arguments, write_images
 
 # ---- broken copies of the private step, and faults around it -----------------------------------
 
@@ -62,6 +65,51 @@ def sample_rate(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if variant == PHYSICAL_RATE:
         rate = property(lambda plan: audit.PHYSICAL_BATCH / plan.num_examples)
         monkeypatch.setattr(dp_sgd.PrivacyPlan, "sample_rate", rate)
+
+
+# ---- tiny runs ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 12 public and 24 private images, and a public model."""
+    folder = tmp_path_factory.mktemp("public")
+    write_images(folder / "public-images", [6, 6], seed=0)
+    write_images(folder / "private-images", [12, 12], seed=1)
+    train.main(["--stage", "public", "--out", str(folder), "--public-data",
+                str(folder / "public-images"), *FLAGS])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def private(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that has spent epsilon 3."""
+    folder = tmp_path_factory.mktemp("private")
+    train.main(arguments(public, folder))
+    return folder / "private-eps3.pt"
+
+
+@pytest.fixture
+def in_step() -> Callable:
+    """in_step(k, action): do it in the k-th optimiser step, counted over all runs of the test.
+
+    Returns a list that grows by one each step.
+    """
+    handles = []
+
+    def at(k: int, action: Callable) -> list:
+        steps = []
+
+        def count(*details: object) -> None:
+            steps.append(details)
+            if len(steps) == k:
+                action()
+
+        handles.append(register_optimizer_step_pre_hook(count))
+        return steps
+
+    yield at
+    for handle in handles:
+        handle.remove()
 
 
 # ---- what a run does ---------------------------------------------------------------------------

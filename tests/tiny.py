@@ -90,6 +90,14 @@ def write_images(folder: Path, per_class: list[int], seed: int) -> Path:
     return folder
 
 
+def arguments(public: Path, out: Path, *more: object) -> list[str]:
+    """A private run of 12 steps on the images and the model in the folder `public`."""
+    return ["--public-checkpoint", str(public / "public.pt"),
+            "--public-data", str(public / "public-images"),
+            "--private-data", str(public / "private-images"), "--out", str(out), *FLAGS,
+            *map(str, more)]
+
+
 def refuse(capsys: pytest.CaptureFixture, main: object, argv: list) -> str:
     """Run a program's main, which must exit with code 2 and one line; that line."""
     with pytest.raises(SystemExit) as stop, one_line_errors():

@@ -1,0 +1,128 @@
+"""sample.py on tiny checkpoints: grids, .npz files, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from runtime.checkpoints import load_checkpoint, save_checkpoint
+from tiny import refuse, tiny_model
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A checkpoint of a model of captions."""
+    path = tmp_path_factory.mktemp("captioned") / "public.pt"
+    model = tiny_model("text.length=12", "text.layers=1").float()
+    save_checkpoint(path, model, classes=["all"], config={})
+    return path
+
+
+def arrays(path) -> dict[str, np.ndarray]:
+    with np.load(path) as content:
+        return dict(content)
+
+
+def test_labels_of_samples_are_uniform(private, tmp_path):
+    sample.main([str(private), "--npz", str(tmp_path / "s.npz"), "--count", "7", "--steps", "2"])
+    content = arrays(tmp_path / "s.npz")
+    assert content["images"].shape == (7, 8, 8, 1) and content["images"].dtype == np.uint8
+    assert content["labels"].tolist() == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_an_npz_says_where_it_is_from(private, tmp_path):
+    more = ["--count", "2", "--steps", "3", "--solver", "ddim", "--eta", "0.5", "--seed", "4"]
+    sample.main([str(private), "--npz", str(tmp_path / "s.npz"), *more])
+    origin = json.loads(str(arrays(tmp_path / "s.npz")["origin"]))
+    assert origin["checkpoint"] == "private-eps3.pt" and 2.99 < origin["epsilon"] <= 3.0
+    settings = dict(steps=3, solver="ddim", eta=0.5, guidance=1.5, seed=4, delta=1e-5)
+    assert {name: origin[name] for name in settings} == settings
+
+
+def test_samples_follow_the_seed(private, tmp_path):
+    drawn = []
+    for number, seed in enumerate("112"):
+        path = tmp_path / f"{number}.npz"
+        sample.main([str(private), "--npz", str(path), "--count", "4", "--steps", "2", "--seed", seed])
+        drawn.append(arrays(path)["images"])
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_checkpoints_stand_side_by_side_in_a_grid(public, private, tmp_path):
+    grid = tmp_path / "g.png"
+    sample.main([str(public / "public.pt"), str(private), "--grid", str(grid), "--steps", "2",
+                 "--columns", "3"])
+    width, height = Image.open(grid).size
+    assert width > 2 * 3 * 8 and height > 2 * 8
+
+
+def test_prompts_are_drawn_in_turn(captioned, tmp_path):
+    prompts = ["--prompt", "a cat", "--prompt", "a dog"]
+    sample.main([str(captioned), "--npz", str(tmp_path / "s.npz"), "--count", "3", "--steps", "2",
+                 *prompts])
+    content = arrays(tmp_path / "s.npz")
+    assert content["labels"].tolist() == [0, 1, 0]
+    assert json.loads(str(content["origin"]))["prompts"] == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("resolution, most", [(32, 500), (256, 6)])
+def test_large_images_are_sampled_few_at_a_time(resolution, most):
+    sizes = []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vae = torch.nn.Module()
+            self.vae.resolution = resolution
+
+        def generate(self, condition, *settings):
+            sizes.append(len(condition))
+            return torch.zeros(len(condition), 1, 1, 1, dtype=torch.uint8)
+
+    args = sample.parse_args(["x.pt", "--grid", "g.png", "--device", "cpu"])
+    assert sample.draw_samples(Model(), np.arange(1_001), args).shape == (1_001, 1, 1, 1)
+    assert sum(sizes) == 1_001 and max(sizes) <= most
+
+
+REFUSED = [
+    ([], "nothing to do"),
+    (["--grid", "g.png", "--steps", "0"], "sampling steps"),
+    (["--grid", "g.png", "--eta", "2", "--solver", "ddim"], "eta must be from 0 to 1"),
+    (["--grid", "g.png", "--eta", "0.5"], "deterministic"),
+    (["--grid", "g.png", "--solver", "euler"], "--solver"),
+    (["--grid", "g.png", "--guidance", "nan"], "--guidance must be finite"),
+    (["--grid", "g.png", "--columns", "0"], "--columns must be at least 1"),
+    (["--grid", "g.png", "--caption-from", "missing.json"], "missing.json"),
+    (["--grid", "g.png", "--prompt", "a cat"], "leave out --prompt"),
+    (["--grid", "g.jpg"], "must be the name of a .png file"),
+    (["--npz", "s.png"], "must be the name of a .npz file"),
+    (["--npz", "s.npz", "--count", "0"], "--count of at least 1"),
+    (["--npz", "s.npz", "--caption-from", "r.json"], "--caption-from is for --grid"),
+    (["other.pt", "--npz", "s.npz"], "--npz takes one checkpoint"),
+    (["other.pt", "--grid", "g.png"], "other.pt does not exist"),
+    (["--grid", "g.png", "--device", "abacus"], "device 'abacus'"),
+]
+
+
+@pytest.mark.parametrize("more, complaint", REFUSED, ids=[" ".join(more) for more, _ in REFUSED])
+def test_bad_input_is_refused(private, tmp_path, monkeypatch, capsys, more, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert complaint in refuse(capsys, sample.main, [private, *more])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompts, complaint", [
+    ([], "say what to sample"), (["--prompt", "  "], "not only blanks"),
+    (["--prompt", "a very long prompt"], "from 1 to 12")])
+def test_wrong_prompts_are_refused(captioned, tmp_path, capsys, prompts, complaint):
+    command = [captioned, "--grid", tmp_path / "g.png", *prompts]
+    assert complaint in refuse(capsys, sample.main, command)
+
+
+def test_a_trained_autoencoder_alone_is_no_model(public, tmp_path, capsys):
+    command = [public / "autoencoder.pt", "--grid", tmp_path / "g.png"]
+    assert "trained autoencoder only" in refuse(capsys, sample.main, command)
+    assert load_checkpoint(public / "autoencoder.pt", "autoencoder")[1]["part"] == "autoencoder"
