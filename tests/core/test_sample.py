@@ -46,7 +46,8 @@ def test_samples_follow_the_seed(private, tmp_path):
     drawn = []
     for number, seed in enumerate("112"):
         path = tmp_path / f"{number}.npz"
-        sample.main([str(private), "--npz", str(path), "--count", "4", "--steps", "2", "--seed", seed])
+        sample.main([str(private), "--npz", str(path), "--count", "4", "--steps", "2",
+                     "--seed", seed])
         drawn.append(arrays(path)["images"])
     assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
 
