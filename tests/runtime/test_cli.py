@@ -1,0 +1,106 @@
+"""Errors in one line, Ctrl-C between two steps, and the device."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from runtime.cli import Parser, find_device, one_line_errors, stop_after_step
+
+
+def ending(capsys: pytest.CaptureFixture, error: BaseException) -> tuple[object, str]:
+    """(exit code, what is on stderr) of a program that raises `error`."""
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise error
+    return stop.value.code, capsys.readouterr().err
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, line", [
+    (ValueError("eps is wrong"), "error: eps is wrong\n"),
+    (FileNotFoundError(2, "No such file", "a.pt"), "error: [Errno 2] No such file: 'a.pt'\n")])
+def test_bad_input_is_one_line_and_code_2(capsys, error, line):
+    assert ending(capsys, error) == (2, line)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError("Unable to allocate 9 x 2"), torch.OutOfMemoryError("9 x 2"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_lack_of_memory_tells_no_batch_size(capsys, error):
+    code, line = ending(capsys, error)
+    assert code == 2 and line.startswith("error: out of memory") and line.count("\n") == 1
+    assert "--physical-batch" in line and "9" not in line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("bug"), AssertionError("bug")])
+def test_mistakes_of_the_code_keep_their_traceback(error):
+    with pytest.raises(type(error), match="bug"), one_line_errors():
+        raise error
+
+
+@pytest.mark.parametrize("error, words", [
+    (KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("saved after step 3"), "after step 3")])
+def test_ctrl_c_ends_with_code_130(capsys, error, words):
+    code, line = ending(capsys, error)
+    assert code == 130 and words in line
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_the_first_of_torchrun_s_processes_speaks_for_all(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    for error, expected in ((ValueError("x"), 2), (KeyboardInterrupt("x"), 130)):
+        code, printed = ending(capsys, error)
+        assert code == expected and printed.count("x") == lines
+
+
+def test_wrong_arguments_point_to_the_help():
+    parser = Parser("what it does")
+    parser.add_argument("--count", type=int)
+    for argv in (["--count", "many"], ["--contu", "3"]):
+        with pytest.raises(ValueError, match=r"--co.*\(--help lists the options\)$"):
+            parser.parse_args(argv)
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_asks_to_stop_and_a_second_one_stops(capsys):
+    with stop_after_step() as asked:
+        assert not asked
+        press_ctrl_c()
+        assert asked and "stopping after this step" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            press_ctrl_c()
+
+
+def test_ctrl_c_afterwards_stops_at_once():
+    with pytest.raises(RuntimeError), stop_after_step():
+        raise RuntimeError
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c()
+
+
+# ---- the device --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("available, expected", [(True, "cuda"), (False, "cpu")])
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch, available, expected):
+    asked, zeros = [], torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device) or zeros(n))
+    monkeypatch.setattr(torch, "empty", lambda n, device: zeros(n))
+    find_device("auto")
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:99", ""])
+def test_an_unusable_device_is_named_in_one_line(name):
+    assert find_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=f"device '{name}' cannot be used here") as error:
+        find_device(name)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,198 @@
+"""Two processes of torchrun make one run: one batch, one noise, the same weights everywhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from runtime import distributed
+from runtime.checkpoints import load_checkpoint
+from tiny import arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def torchrun(script: object, *more: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*TORCHRUN, *map(str, (script, *more))], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=300)
+
+
+# ---- alone -------------------------------------------------------------------------------------
+
+def test_without_torchrun_nothing_changes():
+    def clipped_sum(model, parameters, batch, C):
+        return {}
+
+    asked, weight = [], nn.Parameter(torch.ones(2))
+    assert distributed.rank_and_world() == (0, 1)
+    assert distributed.summed(clipped_sum) is clipped_sum
+    assert distributed.shared_stop(asked) is asked
+    assert distributed.local_batch_size(7) == 7
+    with distributed.process_group(), distributed.averaged_gradients([weight]):
+        weight.sum().backward()
+    assert weight.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("environment, first", [
+    ({}, True), ({"RANK": "1"}, True),   # some schedulers set RANK for every program
+    ({"RANK": "0", "WORLD_SIZE": "2"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)])
+def test_the_first_process_writes(monkeypatch, capsys, environment, first):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.is_first_process() == first
+    for _ in range(2):
+        distributed.log_once(f"a line about {environment}")
+    assert capsys.readouterr().out.count("a line") == first
+
+
+# ---- functions of two processes ----------------------------------------------------------------
+
+PARTS = """
+import sys
+import numpy as np, torch
+from torch import nn
+import dp_sgd
+from runtime import distributed
+
+
+class Scaled(nn.Module):   # the gradient of each of its weights is x, averaged over the draws
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(50, 50, dtype=torch.float64)) for _ in "ab")
+
+    def forward(self, x):
+        return ((self.a + self.b) * x).flatten(1).sum(1)
+
+
+folder, found = sys.argv[1], {}
+with distributed.process_group():
+    rank, world = distributed.rank_and_world()
+    model = Scaled()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    alone = dp_sgd.in_chunks(dp_sgd.clipped_gradient_sum, 3)
+    together = distributed.summed(alone)
+    rng = distributed.secure_generator()
+    plan = dp_sgd.PrivacyPlan(100, 10, 1, 0.7, 0.5, 1e-5)
+    for count in (7, 1, 0):
+        batch = (torch.from_numpy(np.load(f"{folder}/batch.npy"))[:count],)
+        for name, function in (("alone", alone), ("together", together)):
+            total = torch.stack(list(function(model, parameters, batch, 0.5).values()))
+            found[f"{name}-{count}"] = total.numpy()
+        found[f"noisy-{count}"] = dp_sgd.add_noise({"": total.clone()}, plan, rng)[""].numpy()
+    asked = []
+    stop = distributed.shared_stop(asked)
+    found["before"] = bool(stop)
+    if rank:
+        asked.append(2)   # Ctrl-C reached the second process only
+    found["after"] = bool(stop)
+    with distributed.averaged_gradients(model.parameters()):
+        (model.a.sum() * (1 + rank)).backward()
+    found["gradient"] = model.a.grad.numpy()
+    found["share"] = distributed.local_batch_size(7)
+    print("speaks")
+    np.savez(f"{folder}/{rank}.npz", **found)
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> tuple[dict, dict, str]:
+    """(what the first process found, what the second one found, what they printed)."""
+    folder = tmp_path_factory.mktemp("parts")
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** rng.integers(-4, 1, (7, 1, 1, 1))   # some are clipped
+    np.save(folder / "batch.npy", rng.standard_normal((7, 1, 50, 50)) * sizes)
+    (folder / "parts.py").write_text(PARTS)
+    done = torchrun(folder / "parts.py", folder)
+    assert done.returncode == 0, done.stderr
+    found = [dict(np.load(folder / f"{rank}.npz")) for rank in (0, 1)]
+    return *found, done.stdout
+
+
+@pytest.mark.parametrize("count", [7, 1, 0])   # 1: the second process has no example
+def test_the_sum_is_one_process_s_and_noise_is_added_once(parts, count):
+    one, other, _ = parts
+    alone, together, noisy = (one[f"{name}-{count}"] for name in ("alone", "together", "noisy"))
+    np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-12)
+    for name in ("together", "noisy"):   # else the weights would drift apart
+        assert np.array_equal(one[f"{name}-{count}"], other[f"{name}-{count}"])
+    noise = noisy * 10 * 0.5 - alone
+    assert noise.std() == pytest.approx(0.7 * 0.5, rel=0.06)   # 5,000 numbers: six deviations
+    assert abs(noise.mean()) < 0.03
+
+
+def test_all_processes_stop_where_one_is_asked_to(parts):
+    assert [(bool(found["before"]), bool(found["after"])) for found in parts[:2]] == [
+        (False, True)] * 2
+
+
+def test_a_public_gradient_is_the_mean_of_all_shares(parts):
+    for found in parts[:2]:
+        assert (found["gradient"] == 1.5).all() and found["share"] == 4
+
+
+def test_one_of_the_processes_speaks(parts):
+    assert parts[-1].count("speaks") == 1
+
+
+# ---- runs of two processes ---------------------------------------------------------------------
+
+# train.py, whose second process breaks down in its k-th optimiser step.
+BREAKDOWN = """
+import os, sys
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+import train
+
+steps = []
+
+
+def count(*details):
+    steps.append(1)
+    if len(steps) == int(sys.argv[1]) and os.environ["RANK"] == "1":
+        os._exit(9)
+
+
+register_optimizer_step_pre_hook(count)
+train.main(sys.argv[2:])
+"""
+
+
+def test_two_processes_train_what_one_trains(public, tmp_path):
+    """With a seed for the noise, batches and draws are the same: only a sum's order differs."""
+    flags = ("--insecure-noise-seed", 7, "--epochs", 1)
+    command = arguments(public, tmp_path / "two", *flags)[2:]   # without the public checkpoint
+    done = torchrun("train.py", *command)
+    assert done.returncode == 0, done.stderr
+    bars = re.findall(r"autoencoder: +0%.*0/2 \[00:00<\?, \?it/s\]", done.stderr)   # each begins so
+    assert done.stdout.count("public stage: 12 images") == 1 and len(bars) == 1
+    assert done.stdout.count("private stage: N = 24") == 1
+    train.main([*command, "--public-checkpoint", str(tmp_path / "two/public.pt"),
+                "--out", str(tmp_path / "one")])
+    (one, metadata), (two, others) = (load_checkpoint(tmp_path / name / "private-eps3.pt")
+                                      for name in ("one", "two"))
+    assert metadata["ledger"] == others["ledger"]
+    for name, weights in one.state_dict().items():   # Adam magnifies the last bits
+        torch.testing.assert_close(weights, two.state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_lost_process_ends_the_run_and_one_goes_on(public, tmp_path):
+    (tmp_path / "breakdown.py").write_text(BREAKDOWN)
+    command = arguments(public, tmp_path / "out", "--resume")
+    done = torchrun(tmp_path / "breakdown.py", 6, *command)
+    assert done.returncode != 0   # the other process does not wait for ever
+    assert not (tmp_path / "out/private-eps3.pt").exists()
+    unfinished = load_checkpoint(tmp_path / "out/private-eps3.unfinished.pt")[1]
+    assert unfinished["training"]["step"] == 4
+    train.main(command)
+    ledger = load_checkpoint(tmp_path / "out/private-eps3.pt")[1]["ledger"]
+    assert [entry["steps"] for entry in ledger] == [12]
