@@ -190,7 +190,8 @@ def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config
                              "another --out")
         model.vae = earlier.vae.to(config.device)
         return model
-    train_autoencoder(model.vae, dataset.images, config)
+    with distributed.averaged_gradients(model.vae.parameters()):
+        train_autoencoder(model.vae, dataset.images, config)
     save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config),
                     part="autoencoder")
     return model
@@ -212,15 +213,15 @@ def run_public(config: Config, target: Path) -> None:
           f"{num_parameters(model.unet.parameters()):,}")
     target.parent.mkdir(parents=True, exist_ok=True)   # complains now rather than after training
     local = distributed.local_batches(config)
-    with distributed.averaged_gradients(model.parameters()):
-        model = public_autoencoder(model, dataset, local, target.with_name("autoencoder.pt"))
-        z_0 = encode_dataset(model, dataset.images, config.device)
-        if not config.run.pretrained:   # the scale is still 1 here
-            model.latent_scale.copy_(1.0 / z_0.std())
-            z_0 *= model.latent_scale
-        rng = np.random.default_rng(config.public.seed + rank)
-        with bfloat16(model.unet, model.embedder, enabled=config.run.bf16):
-            train_public(model, z_0, conditions(model, dataset, config), local, rng)
+    model = public_autoencoder(model, dataset, local, target.with_name("autoencoder.pt"))
+    z_0 = encode_dataset(model, dataset.images, config.device)
+    if not config.run.pretrained:   # the scale is still 1 here
+        model.latent_scale.copy_(1.0 / z_0.std())
+        z_0 *= model.latent_scale
+    rng = np.random.default_rng(config.public.seed + rank)
+    with (bfloat16(model.unet, model.embedder, enabled=config.run.bf16),
+          distributed.averaged_gradients(model.parameters())):
+        train_public(model, z_0, conditions(model, dataset, config), local, rng)
     runs.check_finite(model, "public.lr or autoencoder.lr")
     if config.has_captions:
         model.embedder.init_unseen_bytes(dataset.captions, LOOKALIKES)

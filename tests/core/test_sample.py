@@ -9,7 +9,9 @@ from PIL import Image
 
 import sample
 from runtime.checkpoints import load_checkpoint, save_checkpoint
-from tiny import refuse, tiny_model
+from runtime.classes import new_class_embedder
+from runtime.samples import provenance
+from tiny import refuse, tiny_model, write_images
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,45 @@ def test_checkpoints_stand_side_by_side_in_a_grid(public, private, tmp_path):
                  "--columns", "3"])
     width, height = Image.open(grid).size
     assert width > 2 * 3 * 8 and height > 2 * 8
+
+
+@pytest.fixture
+def grids(monkeypatch) -> list:
+    """(panels, caption) of each grid, in place of its file."""
+    seen = []
+    monkeypatch.setattr(sample, "save_grid", lambda path, *grid: seen.append(grid))
+    return seen
+
+
+def test_real_images_come_first_and_accuracies_below(private, tmp_path, grids):
+    write_images(tmp_path / "real/test", [2, 2], seed=5)
+    row = dict(origin=provenance(private, {}), accuracy=dict(cnn=dict(mean=0.75)))
+    report = dict(results=[row], test_images=9, seeds=2)
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    sample.main([str(private), "--grid", "g.png", "--steps", "2", "--columns", "3", "--real",
+                 str(tmp_path / "real"), "--caption-from", str(tmp_path / "r.json")])
+    [(panels, caption)] = grids
+    assert [title for title, _, _ in panels] == ["real", "eps = 3"]
+    assert all(images.shape == (2, 3, 8, 8, 1) for _, images, _ in panels)
+    assert [names for _, _, names in panels] == [["a", "b"]] * 2
+    assert caption.startswith("delta = 1e-05. Accuracy on 9 real") and "75.00%" in caption
+
+
+def test_every_prompt_is_a_row_of_the_grid(captioned, grids):
+    rows = ["a cat", "a dog", "a cat"]
+    sample.main([str(captioned), "--grid", "g.png", "--steps", "2", "--columns", "2",
+                 *(word for prompt in rows for word in ("--prompt", prompt))])
+    [([(title, images, names)], _)] = grids
+    assert title == "public only" and names == rows and images.shape == (3, 2, 8, 8, 1)
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_a_grid_shows_ten_classes_at_most(tmp_path, grids):
+    model = new_class_embedder(tiny_model().float(), None, 12)
+    save_checkpoint(tmp_path / "many.pt", model, classes=list("abcdefghijkl"), config={})
+    sample.main([str(tmp_path / "many.pt"), "--grid", "g.png", "--steps", "1", "--columns", "1"])
+    [([(_, images, names)], _)] = grids
+    assert names == list("abcdefghij") and len(images) == 10
 
 
 def test_prompts_are_drawn_in_turn(captioned, tmp_path):

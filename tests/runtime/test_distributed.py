@@ -1,5 +1,6 @@
 """Two processes of torchrun make one run: one batch, one noise, the same weights everywhere."""
 
+import json
 import os
 import re
 import subprocess
@@ -147,18 +148,22 @@ def test_one_of_the_processes_speaks(parts):
 
 # ---- runs of two processes ---------------------------------------------------------------------
 
-# train.py, whose second process breaks down in its k-th optimiser step.
+# train.py, whose second process breaks down in its 6th optimiser step. Both write what they saw before.
 BREAKDOWN = """
 import os, sys
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train
 
-steps = []
+sums = []
 
 
-def count(*details):
-    steps.append(1)
-    if len(steps) == int(sys.argv[1]) and os.environ["RANK"] == "1":
+def count(optimizer, *details):
+    weights = optimizer.param_groups[0]["params"]
+    sums.append(sum(p.grad.double().sum().item() for p in weights))
+    if len(sums) == 5:
+        with open(sys.argv[1] + os.environ["RANK"], "w") as file:
+            file.write(repr(sums))
+    if len(sums) == 6 and os.environ["RANK"] == "1":
         os._exit(9)
 
 
@@ -188,8 +193,10 @@ def test_two_processes_train_what_one_trains(public, tmp_path):
 def test_a_lost_process_ends_the_run_and_one_goes_on(public, tmp_path):
     (tmp_path / "breakdown.py").write_text(BREAKDOWN)
     command = arguments(public, tmp_path / "out", "--resume")
-    done = torchrun(tmp_path / "breakdown.py", 6, *command)
+    done = torchrun(tmp_path / "breakdown.py", tmp_path / "gradients", *command)
     assert done.returncode != 0   # the other process does not wait for ever
+    one, other = (json.loads((tmp_path / f"gradients{rank}").read_text()) for rank in (0, 1))
+    assert one == other and len(set(one)) == 5   # one secret noise for both
     assert not (tmp_path / "out/private-eps3.pt").exists()
     unfinished = load_checkpoint(tmp_path / "out/private-eps3.unfinished.pt")[1]
     assert unfinished["training"]["step"] == 4

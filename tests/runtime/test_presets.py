@@ -77,6 +77,7 @@ def complaint(function: object, *arguments: object) -> str:
     ({"run": {"out": 1.5}}, "run.out must be of type str, not 1.5"),
     ({"vae": {"ch_mult": 2}}, "vae.ch_mult must be a list of int values, not 2"),
     ({"vae": {"ch_mult": [1, 2.5]}}, "vae.ch_mult must be a list of int values, not [1, 2.5]"),
+    ({"vae": {"ch_mult": [1, True]}}, "vae.ch_mult must be a list of int values, not [1, True]"),
     ({"samples": {"prompts": ["a", 7]}}, "samples.prompts must be a list of str values")])
 def test_wrong_settings_are_refused_with_the_nearest(tables, words):
     assert words in complaint(presets.apply, Config(), tables, "here")
