@@ -121,7 +121,7 @@ def parts(tmp_path_factory) -> tuple[dict, dict, str]:
 
 
 @pytest.mark.parametrize("count", [7, 1, 0])   # 1: the second process has no example
-def test_the_sum_is_one_process_s_and_noise_is_added_once(parts, count):
+def test_the_sum_and_the_noise_are_one_process_s(parts, count):
     one, other, _ = parts
     alone, together, noisy = (one[f"{name}-{count}"] for name in ("alone", "together", "noisy"))
     np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-12)
@@ -148,7 +148,7 @@ def test_one_of_the_processes_speaks(parts):
 
 # ---- runs of two processes ---------------------------------------------------------------------
 
-# train.py, whose second process breaks down in its 6th optimiser step. Both write what they saw before.
+# train.py, whose second process breaks down in its 6th step. Both write what they saw before.
 BREAKDOWN = """
 import os, sys
 from torch.optim.optimizer import register_optimizer_step_pre_hook
