@@ -19,6 +19,7 @@ All logarithms are natural, so RDP and epsilon are in nats. Sources:
 """
 
 import argparse
+import decimal
 import functools
 import math
 import numbers
@@ -211,6 +212,17 @@ def released(segments: Segments) -> list[tuple[float, float, int]]:
     return [(float(q), float(sigma), int(t)) for q, sigma, t in segments if q > 0 and t > 0]
 
 
+def in_words(epsilon: float, digits: int = 5, rounding: str = decimal.ROUND_CEILING) -> str:
+    """epsilon in so many significant digits, rounded up: what is said is never less than is spent.
+
+    Lower bounds and what remains of a budget are rounded down: decimal.ROUND_FLOOR.
+    """
+    if not math.isfinite(epsilon):
+        return str(epsilon)
+    text = f"{decimal.Context(digits, rounding).create_decimal_from_float(epsilon):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def command_line(argv: Sequence[str] | None, name: str, calibrate: Callable[..., float],
                  describe: Callable[[Segments, float], str]) -> None:
     """Print what one accountant finds. Bad input ends with one line on stderr and exit code 2."""
@@ -233,8 +245,11 @@ def command_line(argv: Sequence[str] | None, name: str, calibrate: Callable[...,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see --help."""
-    command_line(argv, "RDP", calibrate_noise, lambda segments, delta:
-                 "epsilon {:.6g}, best order {:.6g}".format(*epsilon_and_order(segments, delta)))
+    def describe(segments: Segments, delta: float) -> str:
+        epsilon, order = epsilon_and_order(segments, delta)
+        return f"epsilon {in_words(epsilon, 6)}, best order {order:.6g}"
+
+    command_line(argv, "RDP", calibrate_noise, describe)
 
 
 if __name__ == "__main__":

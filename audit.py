@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from decimal import ROUND_FLOOR
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from torch import nn
 import accountant
 import dp_sgd
 import train
+from accountant import in_words
 from dp_sgd import Batch, PrivacyPlan, Tensors, in_chunks, private_parameter_names
 from ldm import LatentDiffusion, sample_t_and_noise
 from runtime.checkpoints import build_model
@@ -321,7 +323,8 @@ def audit_mechanism(mechanism: Mechanism, groups: int,
     gap, std, caught_a = audit_scores(included, scores[0], plan.noise_multiplier)
     mu, caught_b = audit_guesses(included, scores, plan.noise_multiplier)
     ratio, caught_divisor = audit_divisor(mechanism, plan, rng)
-    text = f"{gap:7.2f}  {std:5.2f}  {gdp_epsilon(mu, plan.delta):9.2f}"
+    bound = in_words(gdp_epsilon(mu, plan.delta), 3, ROUND_FLOOR)
+    text = f"{gap:7.2f}  {std:5.2f}  {bound:>9}"
     verdicts = {"A": caught_a, "B": caught_b, f"divisor check (x {ratio:.0f})": caught_divisor}
     return text, [name for name, caught in verdicts.items() if caught]
 
@@ -333,16 +336,19 @@ def audit_surroundings(rng: np.random.Generator) -> list[tuple]:
     physical = accountant.epsilon(PHYSICAL_BATCH / plan.num_examples, plan.noise_multiplier,
                                   plan.steps, plan.delta)
     variance = "variance of B {:.2f} of Poisson's"
-    spends = "claims {:.2f}, spends at least {{:.2f}}"
     left = "noise left after subtraction {:.2f} sigma"
+
+    def spends(claimed: float) -> tuple[str, str, tuple[str, bool]]:
+        lower, caught = audit_accounting(claimed, batches, plan)
+        return (f"claims {in_words(claimed, 4)}, spends at least {{}}", "accounting",
+                (in_words(lower, 4, ROUND_FLOOR), caught))
+
     rows = [
         ("correct: Poisson sampling", False, variance, "sampling", audit_sampling(batches, plan)),
         ("shuffling accounted as Poisson", True, variance, "sampling",
          audit_sampling(shuffled_batches(plan, rng), plan)),
-        ("correct: accountant fed the plan", False, spends.format(plan.epsilon), "accounting",
-         audit_accounting(plan.epsilon, batches, plan)),
-        ("accountant fed the physical batch size", True, spends.format(physical), "accounting",
-         audit_accounting(physical, batches, plan)),
+        ("correct: accountant fed the plan", False, *spends(plan.epsilon)),
+        ("accountant fed the physical batch size", True, *spends(physical)),
         ("correct: the system's entropy", False, left, "seed",
          audit_noise_source(dp_sgd.secure_generator, plan)),
         ("a published seed", True, left, "seed",
@@ -365,7 +371,7 @@ def run_canaries(groups: int) -> bool:
     plan, rng = CANARY_PLAN, dp_sgd.secure_generator()
     mu = math.sqrt(plan.steps) / plan.noise_multiplier
     print(f"claim: gap 1, sd {plan.noise_multiplier:g}; {plan.steps} steps are {mu:g}-Gaussian-DP: "
-          f"epsilon {gdp_epsilon(mu, plan.delta):.2f} at delta {plan.delta:g}\n"
+          f"epsilon {in_words(gdp_epsilon(mu, plan.delta), 3)} at delta {plan.delta:g}\n"
           f"{groups * CANARIES:,} canaries; an audit accuses correct code with probability "
           f"{ERROR:g} or less\n\n{'':39} {'A: gap':>7}  {'sd':>5}  {'B: epsilon_lower':>9}")
     rows = [(name, not name.startswith("correct"), *audit_mechanism(mechanism(CHUNK), groups, rng))
@@ -463,14 +469,14 @@ def run_end_to_end(runs: int) -> bool:
     """Audit C of correct code and of two variants; prints the table."""
     plan, rows = END_TO_END_PLAN, []
     silent = with_another_plan(lambda plan, B, chunk: replace(plan, noise_multiplier=0.0))
-    print(f"claim: epsilon {plan.epsilon:.2f} at delta {plan.delta:g}, by the accountant; {runs} "
-          f"runs of {plan.steps} steps a row, q = {plan.sample_rate:g}; the bound fails with "
-          f"probability {2 * END_TO_END_ERROR:g}\n")
+    print(f"claim: epsilon {in_words(plan.epsilon, 3)} at delta {plan.delta:g}, by the accountant; "
+          f"{runs} runs of {plan.steps} steps a row, q = {plan.sample_rate:g}; the bound fails "
+          f"with probability {2 * END_TO_END_ERROR:g}\n")
     for name, mechanism in (("correct code", correct_ghost), ("no clipping", without_clipping),
                             ("no noise", silent)):
         lower, caught = audit_end_to_end(mechanism(CHUNK), runs)
-        rows.append((name, name != "correct code", f"epsilon_lower {lower:.2f}",
-                     ["C"] if caught else []))
+        found = f"epsilon_lower {in_words(lower, 3, ROUND_FLOOR)}"
+        rows.append((name, name != "correct code", found, ["C"] if caught else []))
     return print_rows(rows)
 
 

@@ -72,9 +72,9 @@ def make_plan(num_examples: int, expected_batch: int, epochs: float, max_grad_no
     if not 1e-12 <= max_grad_norm < math.inf:
         raise ValueError(f"max_grad_norm must be at least 1e-12 and finite, not {max_grad_norm}")
     if spent and (before := accounting.total_epsilon(spent, delta)) >= epsilon:
-        raise ValueError(f"the weights have spent epsilon {before:.4f} at delta {delta:g} already, "
-                         f"and the budget for all private steps together is {epsilon:g}: "
-                         "epsilon 0 remains")
+        raise ValueError(f"the weights have spent epsilon {accountant.in_words(before)} at delta "
+                         f"{delta:g} already, and the budget for all private steps together is "
+                         f"{epsilon:g}: epsilon 0 remains")
     steps = max(1, round(epochs * num_examples / expected_batch))
     sigma = accounting.calibrate_noise(epsilon, delta, expected_batch / num_examples, steps,
                                        spent=spent)

@@ -41,6 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
+from accountant import in_words
 from datasets import Dataset, download, rendered
 from ldm import lr_factor, normalize_images
 from runtime.cli import Parser, find_device, one_line_errors
@@ -479,7 +480,7 @@ def print_row(cells: list[str]) -> None:
 def result_cells(result: dict, measures: list[Distance]) -> list[str]:
     """The row of the table that one of the report's results makes."""
     epsilon = result["origin"].get("epsilon")
-    cells = [result["name"], f"{result['images']:,}", f"{epsilon:.3g}" if epsilon else "-"]
+    cells = [result["name"], f"{result['images']:,}", in_words(epsilon, 3) if epsilon else "-"]
     for found in result["accuracy"].values():
         spread = "" if found["spread"] is None else f" +- {found['spread']:.2%}"
         cells.append(f"{found['mean']:.2%}{spread}")

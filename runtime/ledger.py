@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
+from decimal import ROUND_FLOOR
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import scipy
 import torch
 
 import accountant
+from accountant import in_words
 from dp_sgd import PrivacyPlan
 from runtime.files import atomic_write
 from variants import pld
@@ -67,9 +69,9 @@ def check_overspending(ledger: Sequence[dict], plan: PrivacyPlan, epsilon: float
     total = spent_epsilon([*ledger, ledger_entry(plan, plan.steps)], plan.delta, accountant)
     if total > epsilon * (1 + 1e-9):
         remains = max(0.0, epsilon - spent_epsilon(ledger, plan.delta, accountant))
-        raise ValueError(f"{plan.steps} steps would bring epsilon to {total:.4f} at delta "
-                         f"{plan.delta:g}, past the budget of {epsilon:g}, of which {remains:.4f} "
-                         "remains")
+        raise ValueError(f"{plan.steps} steps would bring epsilon to {in_words(total)} at delta "
+                         f"{plan.delta:g}, past the budget of {epsilon:g}, of which "
+                         f"{in_words(remains, rounding=ROUND_FLOOR)} remains")
     return total
 
 

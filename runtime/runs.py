@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
+from accountant import in_words
 from dp_sgd import Batch, PrivacyPlan, Tensors, make_plan
 from ldm import EMA, LatentDiffusion
 from runtime import ledger
@@ -146,12 +147,12 @@ def announce(run: PrivateRun, config: Config) -> None:
     total = num_parameters((*model.unet.parameters(), *model.embedder.parameters()))
     print(f"private stage: N = {plan.num_examples:,}, sample rate {plan.sample_rate:.5f}, "
           f"{plan.steps:,} steps, sigma = {plan.noise_multiplier:.4f}, C = {plan.max_grad_norm:g}\n"
-          f"spends epsilon = {epsilon:.4f} at delta = {plan.delta:g} "
+          f"spends epsilon = {in_words(epsilon)} at delta = {plan.delta:g} "
           f"({private.accountant.upper()}); trains {trained:,} of {total:,} parameters "
           f"({trained / total:.1%}) of a model that knows {run.public_data}")
     if run.earlier:
         before = ledger.spent_epsilon(run.earlier, plan.delta, private.accountant)
-        print(f"of that epsilon, {before:.4f} was spent before")
+        print(f"of that epsilon, {in_words(before)} was spent before")
     if plan.delta >= 1 / plan.num_examples:
         print(f"WARNING: delta is not below 1/N = {1 / plan.num_examples:.1e}: it allows to "
               "publish single examples")
@@ -167,7 +168,8 @@ def report(run: PrivateRun, config: Config, target: Path) -> None:
     """Say what has been spent, by every accountant that reaches so far."""
     entry = ledger.ledger_entry(run.plan, run.plan.steps)
     epsilons = ledger.all_epsilons([*run.earlier, entry], run.plan.delta)
-    spent = ", ".join(f"{epsilon:.4f} ({name.upper()})" for name, epsilon in epsilons.items())
+    spent = ", ".join(f"{in_words(epsilon)} ({name.upper()})"
+                      for name, epsilon in epsilons.items())
     print(f"spent epsilon = {spent} at delta = {run.plan.delta:g}: see "
           f"{ledger.privacy_json(target)}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from accountant import in_words
 from ldm import LatentDiffusion, ddim_sample
 from runtime.config import Config
 from runtime.ledger import is_seeded, spent_epsilon
@@ -50,7 +51,7 @@ def provenance(path: Path, metadata: dict) -> dict:
 
 
 def title(origin: dict) -> str:
-    return f"eps = {origin['epsilon']:.3g}" if origin["epsilon"] else "public only"
+    return f"eps = {in_words(origin['epsilon'], 3)}" if origin["epsilon"] else "public only"
 
 
 def caption(origins: list[dict], results: Path | None) -> str:

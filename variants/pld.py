@@ -23,6 +23,7 @@ Sources: Koskela, Jalko, Honkela 2020, arXiv 1906.03049: PLD by FFT.
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_FLOOR
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from scipy.fft import irfft, rfft
 from scipy.special import gammaln, logsumexp, ndtr, ndtri
 
 import accountant
-from accountant import Segments
+from accountant import Segments, in_words
 
 # What floats and grids are good for; beyond it we refuse. Bounds hold within it, but may be wide.
 LIMITS = {"sample_rate": (1e-8, 1.0), "noise_multiplier": (0.1, 1e4), "steps": (1, 10**7),
@@ -331,9 +332,11 @@ def upper_envelope(above: np.ndarray, point: int, offset: np.ndarray, half_width
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: see --help."""
-    accountant.command_line(
-        argv, "PLD", calibrate_noise, lambda segments, delta:
-        "epsilon from {:.6g} to {:.6g}".format(*epsilon_bounds(segments, delta)))
+    def describe(segments: Segments, delta: float) -> str:
+        lower, upper = epsilon_bounds(segments, delta)
+        return f"epsilon from {in_words(lower, 6, ROUND_FLOOR)} to {in_words(upper, 6)}"
+
+    accountant.command_line(argv, "PLD", calibrate_noise, describe)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Epsilon and noise come from minimising over real orders.
 
 import math
 from collections.abc import Callable
-from decimal import Decimal, localcontext
+from decimal import ROUND_FLOOR, Decimal, localcontext
 from fractions import Fraction
 from itertools import pairwise
 
@@ -354,7 +354,7 @@ COMMON = "--sample-rate 0.01 --steps 1000 --delta 1e-5 "
 def test_the_command_line_prints_epsilon(capsys):
     acc.main((COMMON + "--noise-multiplier 1.1").split())
     printed = capsys.readouterr().out
-    assert printed == "RDP: noise multiplier 1.1, epsilon 1.71171, best order 9.56811\n"
+    assert printed == "RDP: noise multiplier 1.1, epsilon 1.71172, best order 9.56811\n"
 
 
 def test_the_command_line_prints_the_noise_for_epsilon(capsys):
@@ -376,3 +376,15 @@ def test_the_command_line_refuses_in_one_line(arguments, capsys):
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+
+
+# ---- what is said ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("epsilon, digits, above, below", [
+    (1.004, 3, "1.01", "1"), (0.20049, 3, "0.201", "0.2"), (1.0, 3, "1", "1"),
+    (2.99999999, 5, "3", "2.9999"), (83_644.4, 3, "83700", "83600"), (0.0, 5, "0", "0"),
+    (3e-7, 1, "0.0000003", "0.0000002"), (math.inf, 5, "inf", "inf")])
+def test_what_is_said_is_never_less_than_what_is_spent(epsilon, digits, above, below):
+    assert acc.in_words(epsilon, digits) == above
+    assert acc.in_words(epsilon, digits, ROUND_FLOOR) == below
+    assert float(below) <= epsilon <= float(above)

@@ -144,7 +144,7 @@ def test_the_private_stage_runs_the_public_one_first(public, tmp_path, capsys):
     command = arguments(public, tmp_path)[2:]   # without the public checkpoint
     train.main(command)
     printed = capsys.readouterr().out
-    assert "running the public stage first" in printed and "spent epsilon = 3.0000" in printed
+    assert "running the public stage first" in printed and "spent epsilon = 3 (RDP)" in printed
     assert {path.name for path in tmp_path.iterdir()} == {
         "autoencoder.pt", "public.pt", "public.png", "private-eps3.pt", "private-eps3.png",
         "private-eps3.privacy.json"}
