@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import accountant  # noqa: E402
 from variants import pld  # noqa: E402
 
-Q, STEPS, EPS, DELTA = 2_048 / 60_000, 352, 1.0, 1e-5
+Q, STEPS, EPS, DELTA = 2_048 / 60_000, 176, 1.0, 1e-5
 
 
 def ways() -> dict[str, Callable[[], float]]:
