@@ -116,14 +116,14 @@ def train_private(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tenso
 
 def train_autoencoder(vae: nn.Module, images: np.ndarray, config: Config) -> None:
     """Train `vae` in place on public images, uint8 [N, H, W, C]."""
-    settings = config.autoencoder
+    settings, device = config.autoencoder, config.device
     # A run this short needs a second moment that forgets faster than Adam's usual 0.999 does.
     optimizer = torch.optim.Adam(vae.parameters(), lr=settings.lr, betas=(0.9, 0.99), fused=True)
     progress = trange(settings.steps, desc="autoencoder")
     for step in progress:
         chosen = torch.randint(len(images), (settings.batch,)).numpy()
         x = random_squares(images, chosen, settings.crop)
-        loss = vae.loss(normalize_images(x, config.device), settings.kl_weight)
+        loss = vae.loss(normalize_images(x, device), settings.kl_weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = settings.lr * lr_factor(step, settings.steps)
