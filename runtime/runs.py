@@ -69,14 +69,18 @@ class PrivateRun:
         """Names of the parameters that the private stage trains."""
         return private_parameter_names(self.model, config.context_tokens, config.private.trainable)
 
+    def ledger_after(self, steps: int, config: Config) -> list[dict]:
+        """The earlier runs' ledger, and `steps` steps of this one."""
+        seed = config.private.insecure_noise_seed
+        return [*self.earlier, ledger.ledger_entry(self.plan, steps, seed)]
+
     def save(self, path: Path, config: Config, classes: list[str], steps: int,
              **metadata: object) -> None:
         """Write a checkpoint after `steps` steps, with its privacy.json just before it.
 
         So no checkpoint is without one, nor with another's where the disk is full.
         """
-        entry = ledger.ledger_entry(self.plan, steps, config.private.insecure_noise_seed)
-        whole = [*self.earlier, entry]
+        whole = self.ledger_after(steps, config)
         save_checkpoint(
             path, self.model, lambda: ledger.write_privacy_json(path, whole, self.plan.delta),
             classes=classes, config=dataclasses.asdict(config), public_config=self.public_config,
@@ -166,8 +170,7 @@ def announce(run: PrivateRun, config: Config) -> None:
 
 def report(run: PrivateRun, config: Config, target: Path) -> None:
     """Say what has been spent, by every accountant that reaches so far."""
-    entry = ledger.ledger_entry(run.plan, run.plan.steps)
-    epsilons = ledger.all_epsilons([*run.earlier, entry], run.plan.delta)
+    epsilons = ledger.all_epsilons(run.ledger_after(run.plan.steps, config), run.plan.delta)
     spent = ", ".join(f"{in_words(epsilon)} ({name.upper()})"
                       for name, epsilon in epsilons.items())
     print(f"spent epsilon = {spent} at delta = {run.plan.delta:g}: see "
