@@ -7,12 +7,12 @@ times. The last column is their uncertainty.
 
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.fft import irfft, rfft
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
@@ -53,6 +53,8 @@ CALIBRATION_ROWS = [  # id, sample_rate, steps, delta, target epsilon, tight noi
     ("D21", 0.5, 500, 1e-05, 5, 10.020905479733813),
 ]
 STEPS = [(0.01, 1.0), (0.3, 0.5), (0.3, 3.0), (0.97, 2.0), (1.0, 1.0), (1e-4, 0.4), (1e-3, 5.0)]
+SHORT_PLANS = [[(*one, times)] for one in STEPS for times in (1, 2)]
+SHORT_PLANS += [[(0.3, 0.5, 1), (0.01, 1.0, 1)], [(0.3, 3.0, 1), (1.0, 1.0, 1)]]
 
 
 def by_id(rows: list[tuple]) -> list:
@@ -88,17 +90,27 @@ def one_step_delta(eps: float, q: float, sigma: float, removed: bool) -> float:
     return ndtr(cut / sigma) - math.exp(eps) * mixture(cut, 1)
 
 
-def two_step_delta(eps: float, q: float, sigma: float, removed: bool) -> float:
-    """delta of two steps in one direction: the mean of one step's at what the other leaves."""
+def two_step_delta(eps: float, one: tuple, other: tuple, removed: bool) -> float:
+    """delta of two steps (q, sigma) in one direction: the mean of one at what the other leaves."""
+    q, sigma = other
+
     def integrand(z: float) -> float:
         log_rest = math.log1p(-q) if q < 1 else -np.inf
         loss = np.logaddexp(log_rest, math.log(q) + (z - 0.5) / sigma**2)
         density = math.exp(-z * z / 2 / sigma**2) / math.sqrt(2 * math.pi) / sigma
         density *= math.exp(loss) if removed else 1
-        return density * one_step_delta(eps - (loss if removed else -loss), q, sigma, removed)
+        return density * one_step_delta(eps - (loss if removed else -loss), *one, removed)
 
     cuts = np.linspace(-9 * sigma, 1 + 9 * sigma, 25)
     return sum(quad(integrand, a, b, epsabs=1e-15, epsrel=1e-9)[0] for a, b in pairwise(cuts))
+
+
+def direct_delta(eps: float, segments: list[tuple], removed: bool) -> float:
+    """delta of one or two steps in one direction, by integration."""
+    one, *others = [(q, sigma) for q, sigma, steps in segments for _ in range(steps)]
+    if not others:
+        return one_step_delta(eps, *one, removed)
+    return two_step_delta(eps, one, *others, removed)
 
 
 def law_delta(eps: float, step: float, first: int, masses: np.ndarray) -> float:
@@ -138,6 +150,11 @@ def test_bounds_are_ordered_close_and_below_rdp(q, sigma, steps):
     assert not wide(lower, upper)
 
 
+def test_where_rdp_proves_more_its_epsilon_counts():
+    plan = (1e-8, 0.1, 10**7, 1e-15)  # a corner of LIMITS: round-off is large beside delta
+    assert pld.epsilon(*plan) <= accountant.epsilon(*plan)
+
+
 @pytest.mark.parametrize("plan", [
     lambda x: (0.02, 1.1, int(300 * x), 1e-5), lambda x: (0.02 * x, 1.1, 300, 1e-5),
     lambda x: (0.02, 1.1 / x, 300, 1e-5), lambda x: (0.02, 1.1, 300, 1e-5 / x)])
@@ -154,6 +171,13 @@ def test_segments_add_up():
     assert pld.epsilon_bounds(nothing, 1e-5) == whole
     mixed = pld.epsilon_bounds([(0.04, 2.0, 500), (1.0, 20.0, 3), (1e-4, 0.5, 100)], 1e-5)
     assert whole[1] < mixed[0] <= mixed[1] and not wide(*mixed)
+
+
+def test_the_worse_direction_counts_whichever_it_is(monkeypatch):
+    plan = [(0.02, 0.8, 300)], 1e-5  # removal is much the worse
+    bounds, curve = pld.epsilon_bounds(*plan), pld.delta_curve
+    monkeypatch.setattr(pld, "delta_curve", lambda *args: curve(*args[:-1], not args[-1]))
+    assert pld.epsilon_bounds(*plan) == bounds
 
 
 def test_epsilon_is_the_upper_bound():
@@ -188,11 +212,10 @@ def test_rounding_raises_delta_within_its_bound(q, sigma, removed, step):
         assert one_step_delta(eps + step / 3, q, sigma, removed) - 2 * tail <= between
 
 
-@pytest.mark.parametrize("q, sigma", STEPS)
+@pytest.mark.parametrize("segments", SHORT_PLANS)
 @pytest.mark.parametrize("removed", [True, False])
-@pytest.mark.parametrize("steps, direct", [(1, one_step_delta), (2, two_step_delta)])
-def test_few_steps_agree_with_direct_integration(q, sigma, removed, steps, direct: Callable):
-    segments = [(q, sigma, steps)]
+def test_few_steps_agree_with_direct_integration(segments, removed):
+    steps = sum(t for *_, t in segments)
     rdp_epsilon = accountant.total_epsilon(segments, 1e-6)
     grid = grid_for(segments, 1e-6)
     below, above, epsilon_shift = pld.delta_curve(segments, grid, removed)
@@ -200,7 +223,7 @@ def test_few_steps_agree_with_direct_integration(q, sigma, removed, steps, direc
     points = np.linspace(max(0, -grid.first), rdp_epsilon / grid.step - grid.first, 6).astype(int)
     for point in points:
         eps = grid.step * (grid.first + point)
-        exact = direct(eps, q, sigma, removed)
+        exact = direct_delta(eps, segments, removed)
         assert exact * (1 - 1e-9) <= above[point] <= 1.005 * exact + 1e-8
         assert 0.995 * exact - 1e-8 <= below[point]
         target = 0.5 * below[point]
@@ -209,8 +232,9 @@ def test_few_steps_agree_with_direct_integration(q, sigma, removed, steps, direc
         top = int(np.argmax(above <= target))
         found = pld.lower_index(below, above, epsilon_shift, target, grid.step, steps, top)
         eps = grid.step * (grid.first + found)
-        assert target < direct(eps, q, sigma, removed)
-        assert direct(eps + 4 * grid.step, q, sigma, removed) <= target + 1e-8  # not far away
+        assert target < direct_delta(eps, segments, removed)
+        eps += 4 * grid.step  # not far away
+        assert direct_delta(eps, segments, removed) <= target + 1e-8
 
 
 @pytest.mark.parametrize("part", [2, 4, 8])
@@ -223,6 +247,55 @@ def test_what_wraps_around_is_accounted_for(part, removed):
     below_small, above_small, _ = pld.delta_curve(segments, small, removed)
     assert (above_small >= below[:small.points]).all()
     assert (below_small <= above[:small.points]).all()
+
+
+@pytest.mark.parametrize("segments, grid", [
+    pytest.param([(0.9, 30.0, 400), (1.0, 30.0, 600)], pld.Grid(0.0075, -1700, 4096, 2.0, 1e-20),
+                 id="steps multiply the errors"),
+    pytest.param([(1.0, 1.0, 1)], pld.Grid(2.0, -400, 4096, 0.0025, 1e-20),
+                 id="errors on the way back are large")])
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_worst_fft_errors_stay_within_the_bounds(segments, grid, removed, sign, monkeypatch):
+    products, size = [], 1e-6
+    monkeypatch.setattr(pld, "irfft", lambda x, n: products.append(x) or irfft(x, n))
+    below, above, _ = pld.delta_curve(segments, grid, removed)  # the truth is between
+    # Every number errs as much as it may, so that all errors add up where the curve is largest.
+    place = np.arange(grid.points // 2 + 1) / grid.points * np.argmax(irfft(products[0]))
+    angle = np.angle(products[0]) + 2 * np.pi * place
+
+    def worst_rfft(x: np.ndarray, n: int | None = None) -> np.ndarray:
+        exact = rfft(x, n)
+        turned = np.angle(exact) + (angle if n is None else -angle)  # gain's will be conjugated
+        return exact + sign * size * x.sum() * np.exp(1j * turned)
+
+    def worst_irfft(x: np.ndarray, n: int) -> np.ndarray:
+        return irfft(x, n) + sign * size * (2 * np.abs(x).sum() - abs(x[0]) - abs(x[-1])) / n
+
+    monkeypatch.setattr(pld, "FFT_ROUND_OFF", size)
+    monkeypatch.setattr(pld, "rfft", worst_rfft)
+    monkeypatch.setattr(pld, "irfft", worst_irfft)
+    too_low, too_high, _ = pld.delta_curve(segments, grid, removed)
+    assert (too_high >= below).all() and (too_low <= above).all()
+
+
+@pytest.mark.parametrize("sigma, steps, delta, size", [
+    (320.0, 1000, 1e-5, 1e-7),  # a shift of epsilon outweighs these errors
+    (1.0, 2000, 0.3, 7e-6)])  # and this needs a factor on delta
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_worst_errors_of_one_step_stay_within_the_bounds(
+        sigma, steps, delta, size, sign, monkeypatch):
+    exact = brentq(lambda eps: gaussian_delta(eps, sigma / math.sqrt(steps)) - delta, 0, 2000)
+    survival = pld.survival
+
+    def worst_survival(*args: object) -> tuple[np.ndarray, np.ndarray]:
+        above_p, above_q = survival(*args)  # above_q is multiplied by e^loss, which errs as well
+        return above_p * (1 + sign * size), above_q * (1 - 2 * sign * size)
+
+    monkeypatch.setattr(pld, "ROUND_OFF", size)
+    monkeypatch.setattr(pld, "survival", worst_survival)
+    lower, upper = pld.epsilon_bounds([(1.0, sigma, steps)], delta)
+    assert lower <= exact <= upper
 
 
 @pytest.mark.parametrize("sigma, steps, delta, coarsest", [
@@ -302,6 +375,12 @@ def test_beyond_its_limits_it_refuses(q, sigma, steps, delta, name):
                      partial(pld.epsilon, q, sigma, steps, delta)):
         with pytest.raises(ValueError, match=f"the pld accountant needs a {name} from"):
             function()
+
+
+def test_the_steps_of_all_segments_are_limited_together():
+    segment = (0.1, 1.0, 6 * 10**6)
+    with pytest.raises(ValueError, match="needs a steps from 1 to 1e[+]07, got 1.2e[+]07"):
+        pld.epsilon_bounds([segment, segment], 1e-5)
 
 
 @pytest.mark.parametrize("segments, delta", [
