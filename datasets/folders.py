@@ -6,8 +6,10 @@ refused by name.
 
 import io
 import json
+import posixpath
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,15 +57,20 @@ def open_tree(root: Path) -> Tree:
             read = read_file
     except UNREADABLE as error:
         raise ValueError(f"{root} is no readable folder or zip: {error}") from error
-    return Tree(root, sorted(name for name in names if not re.search(r"(^|/)\.", name)), read)
+    shown = {name for name in names if not re.search(r"(^|/)\.", name)}   # a zip may repeat names
+    return Tree(root, sorted(shown), read)
 
 
 def read_images(tree: Tree, files: list[str], image_size: int, channels: int,
                 crop: bool = False) -> np.ndarray:
     """The named pictures as uint8 [N, image_size, image_size, channels].
 
-    ValueError naming a picture that is damaged or has more than 8 bits per channel.
+    ValueError naming a picture that is damaged, has more than 8 bits per channel or stands there
+    twice: it would count twice, but privacy is promised for one example.
     """
+    name, count = Counter(files).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{tree.root} names the image {name} {count} times")
     images = np.empty((len(files), image_size, image_size, channels), np.uint8)
     progress = tqdm(files, desc=f"reading {tree.root.name}", disable=len(files) < 2_000)
     for i, name in enumerate(progress):
@@ -132,20 +139,23 @@ def read_metadata(tree: Tree, files: list[str]) -> list[Record]:
     """The lines of metadata.jsonl, the ImageFolder format of Hugging Face.
 
     A line is {"file_name": ..., "text": ..., "label": ...}; text and label stand in all lines or in
-    none. file_name is relative to the folder of the metadata.jsonl. ValueError naming a line that
-    is not so.
+    none. file_name is relative to the folder of the metadata.jsonl and stays in it. ValueError
+    naming a line that is not so, or two lines of one picture.
     """
-    records = []
+    records, lines = [], {}
     for file in files:
         for number, line in enumerate(tree.lines(file), 1):
             if line.strip():
+                here = f"line {number} of {tree.root / file}"
                 try:
                     record = parse_metadata(line)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"line {number} of {tree.root / file} is no line of metadata: "
-                                     f"{error}") from error
-                place = Path(file).parent / record.file
-                records.append(record._replace(file=place.as_posix()))
+                    raise ValueError(f"{here} is no line of metadata: {error}") from error
+                place = posixpath.normpath(Path(file).parent / record.file)
+                if place in lines:
+                    raise ValueError(f"{here} names {place}, as {lines[place]} does")
+                lines[place] = here
+                records.append(record._replace(file=place))
     for part in ("text", "label"):
         if len({type(getattr(record, part)) for record in records}) > 1:
             raise ValueError(f"{tree.root / files[0]}: some lines have a {part} and some have "
@@ -162,6 +172,8 @@ def parse_metadata(line: str) -> Record:
     if not good or isinstance(record.label, int) and record.label < 0:
         raise ValueError("file_name and text must be strings, label a string or an integer "
                          "from 0 up")
+    if posixpath.normpath(record.file).split("/")[0] in ("", ".."):
+        raise ValueError(f"{record.file} is outside its folder")
     return record
 
 

@@ -184,14 +184,40 @@ def test_labels_with_and_without_captions(tree, labels, classes, text):
     (b'{"file_name": "0.png", "text": 4}', "line 2 of"),
     (b'{"file_name": "0.png", "text": "x", "label": -1}', "line 2 of"),
     (b"\xff\xfe", "cannot read metadata.jsonl"),
-    (b'{"file_name": "0.png"}', "some lines have a text and some have none"),
-    (b'{"file_name": "0.png", "text": "x", "label": 1}', "some lines have a label and some have"),
+    (b'{"file_name": "1.png"}', "some lines have a text and some have none"),
+    (b'{"file_name": "1.png", "text": "x", "label": 1}', "some lines have a label and some have"),
+    (b'{"file_name": "../0.png", "text": "x"}', "line 2 of .*../0.png is outside its folder"),
+    (b'{"file_name": "a/../../0.png", "text": "x"}', "line 2 of .*is outside its folder"),
+    (b'{"file_name": "/0.png", "text": "x"}', "line 2 of .*/0.png is outside its folder"),
     (b'{"file_name": "1.png", "text": "x"}', "cannot read the image 1.png"),
 ])
 def test_damaged_metadata_is_refused_by_line(tree, line, complaint):
     first = metadata({"file_name": "0.png", "text": "x"})
     with pytest.raises(ValueError, match=complaint):
         load(tree({"0.png": plain(1), "metadata.jsonl": first + line}), "train", image_size=8)
+
+
+@pytest.mark.parametrize("spelling", ["0.png", "./0.png", "a/../0.png"])
+def test_an_image_named_twice_is_refused_by_lines(tree, spelling):
+    lines = metadata(*({"file_name": name} for name in ("1.png", "0.png", spelling)))
+    files = {"0.png": plain(1), "1.png": plain(2), "a/0.png": plain(3), "metadata.jsonl": lines}
+    with pytest.raises(ValueError, match="line 3 of .* names 0.png, as line 2 of .* does"):
+        load(tree(files), "train", image_size=8)
+
+
+def test_an_image_named_in_two_files_is_refused(tree):
+    files = {"a/0.png": plain(1), "metadata.jsonl": metadata({"file_name": "a/0.png"}),
+             "a/metadata.jsonl": metadata({"file_name": "0.png"})}
+    with pytest.raises(ValueError, match="names a/0.png, as line 1 of .*a/metadata.jsonl does"):
+        load(tree(files), "train", image_size=8)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_that_repeats_a_name_has_one_image(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in ("a/0.png", "a/1.png", "a/0.png"):
+            archive.writestr(name, plain(1))
+    assert len(load(str(tmp_path / "images.zip"), "train", image_size=8).images) == 2
 
 
 def test_damaged_captions_in_a_zip_are_named(tmp_path):
@@ -266,6 +292,8 @@ BAD_CELEBA = {
     "no face": ({**FACES, ATTR: ATTRIBUTES.encode(), PART: b""}, "do not agree on any image"),
     "half a face": ({**FACES, ATTR: ATTRIBUTES.encode(),
                      "img_align_celeba/000003.jpg": face(1)[:500]}, "cannot read .* 000003.jpg"),
+    "a face twice": ({**FACES, ATTR: ATTRIBUTES.encode(), PART: PARTITION.encode() * 2},
+                     "names the image .*000001.jpg 2 times"),
     "a face short": ({**dict(list(FACES.items())[:3]), ATTR: ATTRIBUTES.encode()},
                      "cannot read the image 000004.jpg"),
 }
