@@ -14,13 +14,14 @@ rate independent of C (De et al. 2022, section 3) and keeps the numbers far abov
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -29,6 +30,7 @@ from unet import AttentionBlock, SpatialTransformer
 
 Tensors = dict[str, torch.Tensor]
 Batch = tuple[torch.Tensor, ...]   # what the loss takes, each tensor [B, K, ...]
+ROWS = 16   # gradients that are copied to float64 at a time: copies of all would be slow
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class PrivacyPlan:
     @property
     def sample_rate(self) -> float:
         return self.expected_batch / self.num_examples
+
+    @property
+    def clip_to(self) -> float:
+        """C / (1 + rho), rho = N 2^-27: the norm that gradients are clipped to.
+
+        So neighbouring sums differ by C at most as they are computed, rounding included. A float64
+        sum of n terms errs by n 2^-53 times the sum of their sizes at most (Higham 2002, section
+        4.2). Each engine keeps that below rho / 2 (docs/threat-model.md).
+        """
+        return self.max_grad_norm / (1 + self.num_examples * 2.0**-27)
 
     @property
     def epsilon(self) -> float:
@@ -96,17 +108,35 @@ def private_parameter_names(model: nn.Module, context_tokens: int = 1) -> list[s
             or name.startswith(attention) and not any(part in name for part in useless)]
 
 
-def secure_generator(insecure_seed: int | None = None) -> np.random.Generator:
-    """A generator for noise, batches and draws, seeded with the operating system's entropy.
+class SystemGenerator:
+    """numpy's random and standard_normal, with every bit from the operating system's generator.
 
-    Whoever knows the noise can subtract it, so it must not follow from a published seed. torch's
-    CPU generator uses 32 bits of its seed: few enough to try them all. PCG64 is no cryptographic
-    generator, and float32 noise is open to the attack of Mironov 2012: against such adversaries a
-    deployment needs a cryptographic generator and discrete noise.
-
-    insecure_seed is for tests: it voids the guarantee.
+    Whoever knows the noise can subtract it. A generator with a seed and a state can be guessed from
+    the numbers that are published: with label dropout 0, the null class sees nothing but noise.
     """
-    return np.random.default_rng(insecure_seed)
+
+    def random(self, size: int | Sequence[int]) -> np.ndarray:
+        """Uniform on [0, 1): multiples of 2^-53."""
+        return (system_bits(size) >> 11) * 2.0**-53
+
+    def standard_normal(self, size: int | Sequence[int], dtype: type = np.float64) -> np.ndarray:
+        """Phi^-1(u) for a u in (0, 1/2) of 63 bits, with a random sign: 53 bits cut off tails."""
+        bits = system_bits(size)
+        numbers = ndtri((bits >> 1) * 2.0**-64 + 2.0**-65)
+        return np.where(bits & 1, numbers, -numbers).astype(dtype, copy=False)
+
+
+def system_bits(size: int | Sequence[int]) -> np.ndarray:
+    """Random uint64 numbers of this shape."""
+    return np.frombuffer(os.urandom(8 * np.prod(size, dtype=int)), np.uint64).reshape(size)
+
+
+def secure_generator(insecure_seed: int | Sequence[int] | None = None) -> np.random.Generator:
+    """A generator for noise, batches and draws: a SystemGenerator.
+
+    With insecure_seed it is one of numpy's. That is for tests: it voids the guarantee.
+    """
+    return SystemGenerator() if insecure_seed is None else np.random.default_rng(insecure_seed)
 
 
 def poisson_sample(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
@@ -125,43 +155,46 @@ def per_example_gradients(model: nn.Module, parameters: Tensors, batch: Batch) -
     return vmap(grad(loss), in_dims=(None,) + (0,) * len(batch))(parameters, *batch)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 matrix products with all their digits: TF32 and bfloat16 have three.
+def clip_weights(norms: Iterable[torch.Tensor], size: int, C: float) -> torch.Tensor:
+    """min(1, C / ||g_i||) [B] from the norms, float64 [B] each, of g_i's parts of `size` in all.
 
-    Norms and sums need it: an example that counts as 1.001 C would move the sum by more than the
-    accountant knows. A gradient may be rounded before its norm is taken. That this rounding can
-    depend on which other examples share the chunk is not accounted for.
+    ||g_i|| is rounded up by more than a sum of so many squares can be too low. An example whose
+    norm is not finite gets 0: no scale could clip it to C.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    norms = torch.stack(list(norms)).norm(dim=0) * (1 + size * 2.0**-53)
+    return torch.where(norms.isfinite(), (C / norms).clamp(max=1.0), 0.0)   # C / 0 is inf
 
 
-@full_precision()
 def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
-    """sum_i g_i min(1, C / ||g_i||), the norm taken over all the parameters jointly.
+    """sum_i g_i min(1, C / ||g_i||) in float64, the norm taken over all the parameters jointly.
 
-    B > 0. An example whose gradient is not finite contributes zero: no scale could clip it to C.
+    B > 0. Gradients may be rounded before their norm is taken, but norms and sums need all digits:
+    an example that counts as 1.001 C would move the sum by more than the accountant knows.
     variants/ghost.py computes the same sum faster.
     """
     grads = per_example_gradients(model, parameters, batch)
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)   # [B]
-    scale = torch.where(norms.isfinite(), (C / norms).clamp(max=1.0), 0.0)   # C / 0 is inf
-    return {name: torch.tensordot(scale, g.nan_to_num(0.0, 0.0, 0.0), dims=1)   # 0 * inf is NaN
-            for name, g in grads.items()}
+    size = sum(p.numel() for p in parameters.values())
+    weights = clip_weights(map(norms, grads.values()), size, C)
+    return {name: weighted_sum(weights, g) for name, g in grads.items()}
+
+
+def norms(g: torch.Tensor) -> torch.Tensor:
+    """||g_i|| float64 [B] of gradients [B, ...]."""
+    return torch.cat([rows.double().norm(dim=1) for rows in g.flatten(1).split(ROWS)])
+
+
+def weighted_sum(weights: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """sum_i weights_i g_i in float64, of gradients [B, ...]. Weight 0 silences infinity and NaN."""
+    return sum(w @ rows.double().nan_to_num(0.0, 0.0, 0.0) for w, rows in zip(
+        weights.split(ROWS), g.flatten(1).split(ROWS))).reshape(g.shape[1:])
 
 
 def in_chunks(clipped_sum: Callable, physical_batch: int) -> Callable:
     """clipped_sum with at most physical_batch examples in memory. An empty batch sums to zero."""
     def sum_of_chunks(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
-        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        if len(batch[0]) == 0:   # split would return one empty chunk
-            return total
-        for chunk in zip(*(x.split(physical_batch) for x in batch), strict=True):
+        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        for k in range(0, len(batch[0]), physical_batch):
+            chunk = tuple(x[k:k + physical_batch] for x in batch)
             for name, s in clipped_sum(model, parameters, chunk, C).items():
                 total[name] += s
         return total
@@ -172,14 +205,16 @@ def in_chunks(clipped_sum: Callable, physical_batch: int) -> Callable:
 def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
     """The clipped sum with its noise, divided by the expected batch and by C.
 
-    `total` is overwritten. ValueError if the noisy sum is not finite: the same question about the
-    exact sum would have an answer that is not private.
+    `total`, in float64, is overwritten. The low bits of floating-point noise give away what it was
+    added to (Mironov 2012), so they are rounded off. ValueError if the noisy sum is not finite: the
+    same question about the exact sum would have an answer that is not private.
     """
     std = plan.noise_multiplier * plan.max_grad_norm
+    grid = 2.0 ** round(math.log2(std or plan.max_grad_norm) - 20)
     for s in total.values():
-        s += std * torch.from_numpy(rng.standard_normal(s.shape, dtype=np.float32)).to(s.device)
+        s += std * torch.from_numpy(rng.standard_normal(s.shape)).to(s.device)
+        s.div_(grid).round_().mul_(grid)
     # One question for all parameters: a GPU answers slowly.
-    finite = torch.stack([s.isfinite().all() for s in total.values()])
-    if not finite.all():
+    if not torch.stack([s.isfinite().all() for s in total.values()]).all():
         raise ValueError("the noisy sum of clipped gradients is not finite: training has diverged")
     return {name: s / (plan.expected_batch * plan.max_grad_norm) for name, s in total.items()}

@@ -39,6 +39,7 @@ from runtime.cli import one_line_errors, stop_after_step
 from runtime.config import Config, parse_args
 from runtime.describe import num_parameters, summary
 from runtime.memory import largest_physical_batch
+from runtime.noise import private_generator
 from runtime.precision import bfloat16
 from runtime.samples import save_samples
 from variants import ghost
@@ -102,10 +103,10 @@ def train_private(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tenso
         i = sample(plan, rng).to(z_0.device)                                 # 1. who takes part
         batch = sample_t_and_noise(model, z_0[i], labels[i], private.noise_multiplicity,
                                    config.diffusion.label_dropout, rng, private.timesteps)
-        total = clipped_sum(model, parameters, batch, plan.max_grad_norm)    # 2. clip each, 3. sum
+        total = clipped_sum(model, parameters, batch, plan.clip_to)          # 2. clip each, 3. sum
         grads = add_noise(total, plan, rng)              # 4. noise, once; / expected batch
         for name, p in parameters.items():               # from here on all is post-processing
-            p.grad = grads[name]
+            p.grad = grads[name].to(p.dtype)
         optimizer.param_groups[0]["lr"] = private.lr * lr_factor(step, plan.steps)
         optimizer.step()
         ema.update(parameters)
@@ -257,15 +258,17 @@ def run_private(config: Config, files: runs.Files) -> None:
     model, plan, device = run.model.to(config.device), run.plan, config.device
     z_0 = encode_dataset(model, dataset.images, device)
     labels, names = conditions(model, dataset, config), run.trained_names(config)
-    seed = config.private.insecure_noise_seed
-    if seed >= 0 and run.start:
-        seed += run.start["step"]
-    rng = distributed.secure_generator(seed if seed >= 0 else None)
+    private = config.private
+    normals = private.expected_batch * private.noise_multiplicity * z_0[0].numel()
+    rng = private_generator(private.insecure_noise_seed, run.start["step"] if run.start else 0,
+                            normals + num_parameters(map(model.get_parameter, names)))
     with stop_after_step() as asked, bfloat16(model.unet, model.embedder, enabled=config.run.bf16):
         saver = runs.Saver(model, plan.steps, config.run.save_every, distributed.shared_stop(asked),
                            lambda training: run.save(files.unfinished, config, classes,
                                                      training["step"], training=training))
         train_private(model, z_0, labels, names, plan, config, rng, start=run.start, on_step=saver,
+                      sample=distributed.of_share(dp_sgd.poisson_sample),
+                      add_noise=distributed.by_first_process(dp_sgd.add_noise),
                       clipped_sum=clipping_engine(model, z_0, labels, names, config))
     runs.check_finite(model, "--private-lr")   # of weights that are private already
     run.save(files.target, config, classes, plan.steps)
@@ -311,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     files.check(config.run.resume, config.run.overwrite)
     with distributed.process_group():
-        if config.device.type == "cuda":   # TF32; dp_sgd.full_precision is stricter where it counts
+        if config.device.type == "cuda":   # TF32; norms and sums are in float64
             torch.set_float32_matmul_precision("high")
         if private:
             run_private(config, files)

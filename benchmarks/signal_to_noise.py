@@ -53,8 +53,9 @@ def gradient_norms(model: LatentDiffusion, parameters: Tensors, batch: tuple[tor
                    chunk: int) -> torch.Tensor:
     """Norm [B] of each example's gradient over all the parameters, before it is clipped."""
     parts = zip(*(tensor.split(chunk) for tensor in batch), strict=True)
-    return torch.cat([ghost.joint_norms(ghost.activations_and_backprops(model, parameters, part))
-                      for part in parts])
+    factors = (ghost.activations_and_backprops(model, parameters, part) for part in parts)
+    return torch.cat([torch.stack(list(map(ghost.ghost_norms, of_part.values()))).norm(dim=0)
+                      for of_part in factors])
 
 
 def common_signal(model: LatentDiffusion, parameters: Tensors, z_0: torch.Tensor,

@@ -1,23 +1,24 @@
 """Several processes (torchrun): one run, one noise.
 
-Each process clips its share of every batch; the sums are added up; all processes add the same
-noise.
+Each process draws and clips examples of its own share. The sums are added up. The first process
+adds the noise.
 """
 
+import atexit
 import copy
 import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import dp_sgd
-from dp_sgd import Batch, Tensors
+from dp_sgd import Batch, PrivacyPlan, Tensors
 
 
 def is_first_process() -> bool:
@@ -37,23 +38,45 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def may_speak() -> bool:
+    """Whether this process may report an error: the first of torchrun's to ask, or the only one.
+
+    A process that fails takes the others down with it: their errors tell nothing new.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))
+        return store.compare_set("speaker", "", str(rank)) == str(rank).encode()
+    except (ValueError, RuntimeError):   # there is no torchrun, or no more
+        return is_first_process()
+
+
+def lost_a_peer(error: Exception) -> bool:
+    """Whether an exchange with the other processes failed: one of them has ended."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the other processes of torchrun, if there are any; all but the first are silent."""
+    """Join the other processes of torchrun, if there are any; all but the first are silent.
+
+    The group lasts until the process ends: once it is left, the others fail. Errors come first.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()   # gloo for tensors on a CPU, nccl on GPUs
-    with ExitStack() as stack:
-        # gloo's threads need time to end: an exit before that aborts a process that shares a core.
-        stack.callback(time.sleep, 0.5)
-        stack.callback(dist.destroy_process_group)
-        if dist.get_rank() > 0:
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
+    # gloo's threads need time to end: an exit before that aborts a process that shares a core.
+    atexit.register(time.sleep, 0.5)
+    atexit.register(dist.destroy_process_group)   # the last one registered is called first
+    if dist.get_rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
         yield
 
 
@@ -66,35 +89,50 @@ def wait_for_all() -> None:
 def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
     """Add up every tensor over all processes, in place; the result is the same bits everywhere."""
     if dist.is_initialized():
-        tensors = list(tensors)
-        flat = torch.cat([t.flatten() for t in tensors])   # one message instead of many
-        dist.all_reduce(flat)
-        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            t.copy_(part.view_as(t))
+        in_one_message(tensors, dist.all_reduce)
 
 
-# ---- the private loop: drop-ins for dp_sgd's functions -----------------------------------------
+def in_one_message(tensors: Iterable[torch.Tensor], exchange: Callable) -> None:
+    """exchange, in place, all tensors at once: one message is faster than many."""
+    tensors = list(tensors)
+    flat = torch.cat([t.flatten() for t in tensors])
+    exchange(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(part.view_as(t))
 
-def secure_generator(insecure_seed: int | None = None) -> np.random.Generator:
-    """dp_sgd.secure_generator, the same in all processes: the first chooses the seed."""
-    seed = [np.random.SeedSequence(insecure_seed).entropy]
-    if dist.is_initialized():
-        dist.broadcast_object_list(seed)
-    return dp_sgd.secure_generator(seed[0])
+
+# ---- the private loop: each function returns what it is given without torchrun -----------------
+
+def of_share(sample: Callable) -> Callable:
+    """`sample` in this process's share of the examples: every world-th one."""
+    rank, world = rank_and_world()
+
+    def sample_of_share(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
+        chosen = sample(plan, rng)
+        return chosen[chosen % world == rank]
+
+    return sample_of_share if dist.is_initialized() else sample
 
 
 def summed(clipped_sum: Callable) -> Callable:
-    """`clipped_sum` with the batch shared out among the processes; unchanged without torchrun."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return clipped_sum
-
-    def sum_of_shares(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
-        total = clipped_sum(model, parameters, tuple(x[rank::world] for x in batch), C)
+    """`clipped_sum` of all processes' batches together."""
+    def sum_of_all(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
+        total = clipped_sum(model, parameters, batch, C)
         sum_over_processes(total.values())
         return total
 
-    return sum_of_shares
+    return sum_of_all if dist.is_initialized() else clipped_sum
+
+
+def by_first_process(add_noise: Callable) -> Callable:
+    """`add_noise` by the first process, which hands out the result: no seed is shared."""
+    def noise_for_all(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
+        if dist.get_rank() == 0:
+            total = add_noise(total, plan, rng)
+        in_one_message(total.values(), functools.partial(dist.broadcast, src=0))
+        return total
+
+    return noise_for_all if dist.is_initialized() else add_noise
 
 
 class SharedStop:

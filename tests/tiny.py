@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torch import nn
 
+from dp_sgd import PrivacyPlan
 from ldm import LatentDiffusion
 from runtime import presets
 from runtime.checkpoints import build_model
@@ -106,3 +108,30 @@ def refuse(capsys: pytest.CaptureFixture, main: object, argv: list) -> str:
     assert stop.value.code == 2
     assert message.startswith("error: ") and message.count("\n") == 1
     return message
+
+
+def included_by(plan: PrivacyPlan, batches: list) -> np.ndarray:
+    """bool [steps, N] from the indices in every batch."""
+    included = np.zeros((len(batches), plan.num_examples), dtype=bool)
+    for row, chosen in zip(included, batches):
+        row[np.asarray(chosen, dtype=np.int64)] = True   # of this type even where empty
+        assert row.sum() == len(chosen)   # no example twice
+    return included
+
+
+def assert_poisson_sampled(included: np.ndarray, q: float) -> None:
+    """included, bool [steps, N]: every entry is true independently with probability q."""
+    steps, N = included.shape
+    var, centred = q * (1 - q), included - q
+
+    def assert_chi2(value: float, freedom: int) -> None:   # shuffling makes counts too even
+        low, high = stats.chi2.ppf([1e-8, 1 - 1e-8], freedom)
+        assert low < value < high
+
+    assert abs(centred.mean()) < 6 * (var / included.size) ** 0.5
+    assert_chi2((centred.sum(0) ** 2).sum() / (steps * var), N)    # how often each was drawn
+    assert_chi2((centred.sum(1) ** 2).sum() / (N * var), steps)    # variance N q (1 - q) of sizes
+    for a, b in ((centred[:, 1:], centred[:, :-1]),                # two examples in one batch
+                 (centred[:, :1], centred[:, 1:2]),
+                 (centred[1:], centred[:-1])):                     # one in successive batches
+        assert abs((a * b).sum()) / var < 6 * a.size ** 0.5

@@ -13,34 +13,47 @@ whose x_t are one-hot. A normalisation y_t = w * x_t + b, with x_t its normalise
 gradients sum_t g_t * x_t and sum_t g_t.
 
 So one forward and one backward pass, which computes no gradient of a weight, gives the x_t and g_t
-that norms and sums are made of.
+that norms and sums are made of. Both are computed in float64.
 """
 
-import math
 from collections.abc import Iterable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from dp_sgd import Batch, Tensors, full_precision
+from dp_sgd import Batch, Tensors, clip_weights, norms, weighted_sum
 
 # What is kept of one parameter: [x, g], or [gradient [B, size]] where that has fewer numbers.
 Factors = list[torch.Tensor]
+# PrivacyPlan.clip_to relies on these two: errors stay below N 2^-28 (docs/threat-model.md).
+BLOCK = 2**9             # tokens that are summed up before they are added to the total
+LEAST_SHARE = 2.0**-12   # no gradient's norm counts as less than this share of sum_t |x_t| |g_t|
+
+probed = WeakKeyDictionary()   # model: names of the parameters whose layers were tried
 
 
 def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
     """sum_i g_i min(1, C / ||g_i||), as dp_sgd.clipped_gradient_sum.
 
-    B > 0. Parameters that the loss does not reach are left out.
+    B > 0. Parameters that the loss does not reach are left out. ValueError for a layer that has no
+    rule, or whose inputs do not have the examples in their first dimension.
     """
+    if not parameters.keys() <= probed.get(model, set()):
+        for count in (2, 3):   # made up: a size of the private batch might be right by chance
+            made_up = (x.new_zeros((count, *x.shape[1:])) for x in batch)
+            activations_and_backprops(model, parameters, tuple(made_up))
+        probed[model] = {*parameters}
     factors = activations_and_backprops(model, parameters, batch)
-    norms = joint_norms(factors)
-    finite = norms.isfinite()
-    weights = (C / norms[finite]).clamp(max=1.0)   # C / 0 is inf
+    size = sum(p.numel() for p in parameters.values())
+    weights = clip_weights(map(ghost_norms, factors.values()), size, C)
+    finite = weights > 0
     all_finite = finite.all().item()   # asked once, not per parameter: a GPU waits for it
+    if not all_finite:
+        weights = weights[finite]
     total = {}
     for name in list(factors):
         kept = factors.pop(name)   # its memory is free once it is summed
@@ -94,6 +107,9 @@ def activations_and_backprops(model: nn.Module, parameters: Tensors,
             calls[bias].append([g.sum(1)])
 
     def add_hook(layer: nn.Module, arguments: tuple, output: torch.Tensor, path: str) -> None:
+        if len(arguments[0]) != B * K:
+            raise ValueError("ghost clipping needs the examples in the first dimension: the layer "
+                             f"{path} gets {len(arguments[0])} for {B * K}")
         if not output.requires_grad:   # nothing before it is trained: the graph begins here
             output.requires_grad_()
         output.register_hook(partial(record, layer, path, arguments[0].detach()))
@@ -147,43 +163,39 @@ def per_example_layout(layer: nn.Module, x: torch.Tensor, g: torch.Tensor,
     return x.reshape(B, -1, x.shape[-1]), g.reshape(B, -1, g.shape[-1])
 
 
-def joint_norms(factors: dict[str, Factors]) -> torch.Tensor:
-    """Norm [B] of each example's gradient over all the parameters."""
-    return sum(map(ghost_norms_squared, factors.values())).clamp(min=0).sqrt()
+def ghost_norms(factors: Factors) -> torch.Tensor:
+    """||gradient|| float64 [B] of one parameter, rather too large than too small.
 
-
-@full_precision()
-def ghost_norms_squared(factors: Factors) -> torch.Tensor:
-    """||gradient||^2 [B] of one parameter, rather a little too large than too small.
-
-    Where the terms of the double sum cancel, rounding errors can exceed the result, and an example
-    would pass unclipped. A bound on them is added: it is proportional to (sum_t |x_t| |g_t|)^2, and
-    to the square root of the vectors' length, as the errors of a dot product are (Higham and Mary
-    2019). Other norms grow by less than a thousandth.
+    The terms of the double sum can cancel, so that rounding errors exceed the result. (LEAST_SHARE
+    sum_t |x_t| |g_t|)^2 is added, which is more than they can be. It also keeps each example's
+    terms in the clipped sum below C / LEAST_SHARE, and so the rounding errors of that sum.
     """
     if len(factors) == 1:
-        return torch.linalg.vector_norm(factors[0], dim=1).square()
-    x, g = factors
+        return norms(factors[0])
+    # A few examples at a time: their copies in float64 stay in the cache.
+    parts = (v.split(64) for v in factors)
+    return torch.cat([norms_by_gram(x, g.double()) for x, g in zip(*parts)])
+
+
+def norms_by_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     if x.dim() == 2:   # indices
-        products, size = (x[:, :, None] == x[:, None, :]) * (g @ g.mT), g.shape[2]
+        products = (x[:, :, None] == x[:, None, :]) * (g @ g.mT)
     else:
-        products, size = (x @ x.mT) * (g @ g.mT), x.shape[2] + g.shape[2]
+        x = x.double()
+        products = (x @ x.mT) * (g @ g.mT)
     lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)   # sum_t |x_t| |g_t|
-    rounding = 2 * torch.finfo(g.dtype).eps * math.sqrt(size) * lengths.square()
-    return products.sum((1, 2)) + rounding
+    return (products.sum((1, 2)).clamp(min=0) + (LEAST_SHARE * lengths).square()).sqrt()
 
 
-@full_precision()
 def weighted_grad_sum(factors: Factors, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """sum_i weights_i gradient_i of one parameter of this shape."""
+    """sum_i weights_i gradient_i of one parameter of this shape, in float64."""
     if len(factors) == 1:
-        return (weights @ factors[0]).reshape(shape)
-    x, g = factors
-    weights = weights[:, None, None]
-    if x.dim() == 2:
-        return g.new_zeros(shape).index_add_(0, x.flatten(), (weights * g).flatten(0, 1))
-    if x.shape[2] < g.shape[2]:   # scale the smaller one
-        x = weights * x
-    else:
-        g = weights * g
-    return (g.flatten(0, 1).T @ x.flatten(0, 1)).reshape(shape)
+        return weighted_sum(weights, factors[0]).reshape(shape)
+    weights = weights[:, None, None].expand(*factors[0].shape[:2], 1)   # [B, T, 1]
+    tokens = [v.flatten(0, 1).split(BLOCK) for v in (*factors, weights)]
+    if factors[0].dim() == 2:   # indices
+        zeros = torch.zeros(shape, dtype=torch.float64, device=weights.device)
+        return sum(zeros.index_add(0, x, w * g) for x, g, w in zip(*tokens))
+    if factors[0].shape[2] < factors[1].shape[2]:   # the larger one last is faster
+        return sum((w * x.double()).T @ g.double() for x, g, w in zip(*tokens)).T.reshape(shape)
+    return sum((w * g.double()).T @ x.double() for x, g, w in zip(*tokens)).reshape(shape)

@@ -159,7 +159,8 @@ def test_text_encoder_and_keys_are_trained():
 
 @pytest.mark.parametrize("trainable", ["attention", "lora"])
 @pytest.mark.parametrize("K", [1, 3])
-def test_both_engines_agree_on_captions(trainable, K):
+def test_both_engines_agree_on_captions(trainable, K, monkeypatch):
+    monkeypatch.setattr(ghost, "LEAST_SHARE", 0.0)   # by which ghost clipping raises norms
     model = text_model()
     if trainable == "lora":
         add_lora(model.unet, 2)
