@@ -32,7 +32,7 @@ from ldm import (
     normalize_images,
     sample_t_and_noise,
 )
-from runtime import distributed, runs
+from runtime import distributed, fingerprint, runs
 from runtime.checkpoints import build_model, load_checkpoint, load_pretrained, save_checkpoint
 from runtime.classes import LOOKALIKES, new_class_embedder
 from runtime.cli import one_line_errors, stop_after_step
@@ -182,11 +182,12 @@ def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config
     if config.run.pretrained:
         official, _ = load_pretrained(config.run.pretrained, model.architecture)
         return new_class_embedder(official, None, len(dataset.classes)).to(config.device)
+    digest = fingerprint.image_digest(dataset.images)
     if saved.exists() and not config.run.overwrite:   # a stopped stage has its slower half done
         print(f"taking the autoencoder from {saved}")
         earlier, metadata = load_checkpoint(saved, "autoencoder")
-        found = earlier.architecture["vae"], metadata["config"]["data"]["public"]
-        if found != (model.architecture["vae"], config.data.public):
+        found = earlier.architecture["vae"], metadata.get("public_digest")
+        if found != (model.architecture["vae"], digest):
             raise ValueError(f"{saved} has another architecture or other data: give --overwrite or "
                              "another --out")
         model.vae = earlier.vae.to(config.device)
@@ -194,7 +195,7 @@ def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config
     with distributed.averaged_gradients(model.vae.parameters()):
         train_autoencoder(model.vae, dataset.images, config)
     save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config),
-                    part="autoencoder")
+                    part="autoencoder", public_digest=digest)
     return model
 
 
@@ -226,7 +227,8 @@ def run_public(config: Config, target: Path) -> None:
     runs.check_finite(model, "public.lr or autoencoder.lr")
     if config.has_captions:
         model.embedder.init_unseen_bytes(dataset.captions, LOOKALIKES)
-    save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config))
+    save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config),
+                    public_digest=fingerprint.image_digest(dataset.images))
     names = list(dict.fromkeys(dataset.captions))[:10] if config.has_captions else dataset.classes
     save_samples(model, names, config, target, "public only")
     distributed.wait_for_all()   # a private stage may read what the first process has just written
@@ -238,8 +240,7 @@ def public_model(config: Config, target: Path, num_classes: int) -> tuple[Latent
         raise ValueError(f"--public-checkpoint {target} does not exist")
     if config.run.pretrained:
         return load_pretrained(config.run.pretrained, config.architecture(num_classes))
-    print(f"there is no public model at {target} yet: running the public stage first")
-    run_public(config, target)
+    runs.make_public(target, lambda: run_public(config, target))
     return load_checkpoint(target)
 
 
@@ -252,9 +253,10 @@ def run_private(config: Config, files: runs.Files) -> None:
     else:
         run = runs.new_run(config, files.public, N, classes,
                            lambda: public_model(config, files.public, len(classes)))
-    if datasets.same_source(run.public_data, config.data.private):
+    if run.knows(dataset.images, datasets.same_source(run.public_data, config.data.private)):
         raise ValueError(f"{files.public} was trained on {config.data.private} without privacy")
     runs.announce(run, config)
+    fingerprint.keep_data(files.unfinished, dataset, resumed=run.start is not None)
     model, plan, device = run.model.to(config.device), run.plan, config.device
     z_0 = encode_dataset(model, dataset.images, device)
     labels, names = conditions(model, dataset, config), run.trained_names(config)
@@ -312,8 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     if private and config.run.resume and files.target.exists():
         print(f"{files.target} is complete: there is nothing to resume")
         return
-    files.check(config.run.resume, config.run.overwrite)
-    with distributed.process_group():
+    with files.locked(config.run.resume, config.run.overwrite), distributed.process_group():
         if config.device.type == "cuda":   # TF32; norms and sums are in float64
             torch.set_float32_matmul_precision("high")
         if private:

@@ -76,7 +76,7 @@ def main() -> None:
         print(f"{kills} kills; the ledger says {steps} steps (planned {STEPS}), epsilon "
               f"{epsilon:.6f} (budget 3)")
         assert steps == [STEPS] and epsilon <= 3
-        # A kill during a write may leave a .partial file, which nobody reads.
+        # A kill during a write may leave a .partial file, which the next write deletes.
         assert not unfinished.exists()
 
 

@@ -68,6 +68,9 @@ def load_checkpoint(path: Path, part: str = "") -> tuple[LatentDiffusion, dict]:
     if metadata.get("part", part) != part:
         raise ValueError(f"{path} holds a trained {metadata['part']} only: "
                          "give the public.pt beside it")
+    if {"ledger", "plan", "public_config"} & metadata.keys() and not metadata.get("ledger"):
+        raise ValueError(f"{path} is of a private run, but its ledger is gone: what it has spent "
+                         "is unknown")
     return model.eval(), metadata
 
 

@@ -1,16 +1,19 @@
-"""What all command lines share: one-line errors, Ctrl-C between two steps, the device."""
+"""What all command lines share: one-line errors, stopping between two steps, the device."""
 
 import argparse
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 import torch
 
-from runtime.distributed import is_first_process
+from runtime.distributed import lost_a_peer, may_speak
+
+# Ctrl-C; what schedulers and shutdowns send; a terminal that is closed.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,51 +27,79 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the options)")
 
 
+def say(line: str) -> None:
+    """Print a line on stderr, if a terminal is left to print it on."""
+    with suppress(OSError, RuntimeError):   # the latter in a signal's handler, amid other printing
+        print(line, file=sys.stderr)
+
+
+def finish(line: str, code: int) -> NoReturn:
+    """End the program with a line on stderr; of torchrun's processes the first to end says it."""
+    if may_speak():
+        say(line)
+    sys.exit(code)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input ends the program with one line on stderr and exit code 2, Ctrl-C with 130.
+    """Bad input ends the program with one line on stderr and exit code 2.
 
-    torchrun's processes fail alike: the first one speaks for all.
+    A signal ends it with 128 and the signal's number, as a shell has it. torchrun's processes fail
+    together: the first error is reported, and no other.
     """
-    first = is_first_process()
     try:
         yield
     except KeyboardInterrupt as stop:
-        if first:
-            print(f"\n{stop}" if stop.args else "\nstopped", file=sys.stderr)
-        sys.exit(130)
+        number = getattr(stop, "number", signal.SIGINT)
+        finish(f"\n{stop}" if stop.args else "\nstopped", 128 + number)
     except (ValueError, OSError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
+        finish(f"error: {error}", 2)
+    except Exception as error:
+        if is_out_of_memory(error):
+            # The message has no numbers: they could be the sizes of a private batch.
+            finish("error: out of memory: lower --physical-batch (train.py), public.batch or "
+                   "--columns", 2)
+        if lost_a_peer(error):
+            reason = str(error).splitlines()[0][:100]
+            finish(f"error: another process of this run has ended ({reason})", 1)
+        if may_speak():
             raise
-        # The message has no numbers: they could be the sizes of a private batch.
-        print("error: out of memory: lower --physical-batch (train.py), public.batch or --columns",
-              file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 @contextmanager
 def stop_after_step() -> Iterator[list[int]]:
-    """Ctrl-C inside fills the yielded list, for a loop to end between two steps.
+    """Ctrl-C, SIGTERM or SIGHUP inside fill the yielded list, for a loop to end between two steps.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once; the other signals are often sent twice. A signal that was ignored
+    stays so: nohup ignores SIGHUP, and jobs in the background ignore SIGINT.
     """
     stop: list[int] = []
+    before = {number: handler for number in STOPPING
+              if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+        if number == signal.SIGINT:   # someone sits there
+            say("\nstopping after this step (Ctrl-C again: at once)")
         stop.append(number)
-        signal.signal(signal.SIGINT, before)
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = signal.signal(signal.SIGINT, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield stop
+    except KeyboardInterrupt as interrupt:
+        interrupt.number = stop[0] if stop else signal.SIGINT
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def find_device(name: str) -> torch.device:

@@ -1,5 +1,7 @@
-"""Files that are whole or absent, and arrays in them."""
+"""Files that are whole or absent, locks on them, and arrays in them."""
 
+import fcntl
+import glob
 import io
 import os
 import struct
@@ -7,7 +9,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +33,7 @@ def atomic_write(path: Path, on_commit: Callable[[], None] = lambda: None) -> It
         yield io.BytesIO()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -41,6 +44,65 @@ def atomic_write(path: Path, on_commit: Callable[[], None] = lambda: None) -> It
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed writers of `path` left: partial files of processes that are no more."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        pid = partial.name[len(path.name) + 1:-len(".partial")]
+        if pid.isdecimal() and not is_alive(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number, whoever's it is."""
+    try:
+        os.kill(pid, 0)   # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, no other process can lock `path`. ValueError if one has locked it already.
+
+    The lock is on a file beside it; the system frees the lock when its process dies. Under torchrun
+    the first process locks for all. Folders that are made for it go if they stay empty.
+    """
+    if not is_first_process():
+        yield
+        return
+    beside = path.with_name(f"{path.name}.lock")
+    made = [folder for folder in beside.parents if not folder.exists()]
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with open_locked(beside):
+        try:
+            yield
+        finally:   # before the lock is freed: whoever locks the deleted file notices
+            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """The file `path`, opened and locked until it is closed. ValueError if that is impossible."""
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samefile(path, file.fileno()):
+                return file
+        except FileNotFoundError:   # the one who had locked it has just deleted it
+            pass
+        except OSError as error:
+            file.close()
+            reason = "another run is making it" if isinstance(error, BlockingIOError) else error
+            raise ValueError(f"cannot lock {path.with_suffix('')}: {reason}") from error
+        file.close()
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:

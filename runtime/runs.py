@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.func import functional_call
 from tqdm import tqdm
@@ -19,6 +21,8 @@ from runtime.classes import match_classes, new_class_embedder
 from runtime.config import Config
 from runtime.describe import num_parameters
 from runtime.distributed import is_first_process
+from runtime.files import locked
+from runtime.fingerprint import forget, image_digest
 from variants.lora import add_lora
 from variants.trainable import private_parameter_names
 
@@ -38,6 +42,13 @@ class Files:
         target = public if config.stage == "public" else private
         return cls(public, target, target.with_suffix(".unfinished.pt"))
 
+    @contextmanager
+    def locked(self, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Inside, no other run makes the same target. ValueError as of `check`, or if one does."""
+        with locked(self.target):
+            self.check(resume, overwrite)
+            yield
+
     def check(self, resume: bool, overwrite: bool) -> None:
         """ValueError if this run would replace files that it was not told to replace."""
         if self.unfinished.exists() and not (resume or overwrite):
@@ -46,6 +57,11 @@ class Files:
         if self.target.exists() and not overwrite:
             raise ValueError(f"{self.target} exists: give --overwrite to replace it, or another "
                              "--out")
+        record = ledger.privacy_json(self.target)
+        goes_on = resume and self.unfinished.exists()   # after a crash between record and target
+        if record.exists() and not (self.target.exists() or goes_on or overwrite):
+            raise ValueError(f"{record} is the record of a checkpoint that is no longer here: move "
+                             "it too, or give --overwrite to replace it")
         if self.target.suffix != ".pt":   # the picture beside it would take its name
             raise ValueError(f"--public-checkpoint {self.target} must end in .pt")
 
@@ -60,6 +76,15 @@ class PrivateRun:
     earlier: list[dict]      # ledger of the private runs behind the public model
     public_config: dict      # settings of the public stage
     start: dict | None = None    # what `Saver` kept of an interrupted run
+    public_digest: str | None = None   # of the public images; official weights have none
+
+    def knows(self, images: np.ndarray, same_name: bool) -> bool:
+        """Whether the public model was trained on these images, uint8 [N, H, W, C].
+
+        One set has many names, so their digest tells. A folder may have changed, and of official
+        weights no digest is known, so the name tells too.
+        """
+        return same_name or image_digest(images) == self.public_digest
 
     @property
     def public_data(self) -> str:
@@ -84,7 +109,8 @@ class PrivateRun:
         save_checkpoint(
             path, self.model, lambda: ledger.write_privacy_json(path, whole, self.plan.delta),
             classes=classes, config=dataclasses.asdict(config), public_config=self.public_config,
-            plan=dataclasses.asdict(self.plan), ledger=whole, **metadata)
+            plan=dataclasses.asdict(self.plan), ledger=whole, public_digest=self.public_digest,
+            **metadata)
 
 
 def interrupted_run(config: Config, path: Path, num_examples: int,
@@ -101,7 +127,8 @@ def interrupted_run(config: Config, path: Path, num_examples: int,
                          f"{num_examples} of {classes}: the data have changed")
     print(f"going on with {path} after {metadata['training']['step']} steps")
     return PrivateRun(model, PrivacyPlan(**metadata["plan"]), metadata["ledger"][:-1],
-                      metadata["public_config"], metadata["training"])
+                      metadata["public_config"], metadata["training"],
+                      metadata.get("public_digest"))
 
 
 def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
@@ -137,7 +164,16 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
         add_lora(model.unet, private.lora_rank, config.public.seed)
         model.architecture["lora_rank"] = private.lora_rank
     public_config = metadata.get("public_config", metadata["config"])
-    return PrivateRun(model, plan, earlier, public_config)
+    return PrivateRun(model, plan, earlier, public_config,
+                      public_digest=metadata.get("public_digest"))
+
+
+def make_public(target: Path, run_public: Callable[[], None]) -> None:
+    """Run the public stage unless another run has just made `target`; ValueError while one does."""
+    with locked(target):
+        if not target.exists():
+            print(f"there is no public model at {target} yet: running the public stage first")
+            run_public()
 
 
 def announce(run: PrivateRun, config: Config) -> None:
@@ -190,11 +226,10 @@ class Saver:
         self.model, self.total, self.save_every = model, total, save_every
         self.stop, self.save = stop, save
 
-    def __call__(self, step: int, parameters: Tensors, optimizer: torch.optim.Optimizer,
-                 ema: EMA) -> None:
+    def __call__(self, step: int, *state: object) -> None:
         stop_now = bool(self.stop)
         if step % self.save_every == 0 or stop_now:
-            self.save_state(step, parameters, optimizer, ema)
+            self.save_state(step, *state)
         if stop_now:
             raise KeyboardInterrupt(f"stopped after {step} of {self.total} steps: the same command "
                                     "with --resume goes on from here")
@@ -238,6 +273,7 @@ def restore(start: dict | None, parameters: Tensors, optimizer: torch.optim.Opti
 def remove_unfinished(path: Path) -> None:
     """Delete what an interrupted run left, once the finished checkpoint is written."""
     if is_first_process():
+        forget(path)
         for leftover in (path, ledger.privacy_json(path)):
             leftover.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 """Fixtures that tests of all floors share. Plain helpers stand in tiny.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +68,15 @@ def sample_rate(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- tiny runs ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session", autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of runtime/fingerprint.py, in place of the one in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("state")
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        yield folder / "dp-ldm"
+
 
 @pytest.fixture(scope="session")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -98,6 +98,10 @@ def without(key: str) -> Callable[[Path, LatentDiffusion], None]:
     return save
 
 
+def with_more(**more: object) -> Callable[[Path, LatentDiffusion], None]:
+    return lambda path, model: save_checkpoint(path, model, classes=[], config={}, **more)
+
+
 def save_damaged(path: Path, model: LatentDiffusion) -> None:
     save_checkpoint(path, model, classes=[], config={})
     content = bytearray(path.read_bytes())
@@ -112,11 +116,15 @@ def save_with_other_sizes(path: Path, model: LatentDiffusion) -> None:
 
 
 DAMAGED = "is damaged or of another program"
+NO_LEDGER = "its ledger is gone"
 REFUSED = {
     "missing": (lambda path, model: None, "does not exist"),
     "folder": (lambda path, model: path.mkdir(), "does not exist"),
     "no classes": (without("classes"), "it lacks classes"),
     "no config": (without("config"), "it lacks config"),
+    "no ledger": (with_more(plan={"steps": 3}), NO_LEDGER),
+    "no ledger, no plan": (with_more(public_config={}), NO_LEDGER),
+    "an empty ledger": (with_more(ledger=[]), NO_LEDGER),
     "no architecture": (without("architecture"), DAMAGED),
     "no weights": (without("model"), DAMAGED),
     "damaged": (save_damaged, DAMAGED),

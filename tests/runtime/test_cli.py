@@ -48,7 +48,8 @@ def test_ctrl_c_ends_with_code_130(capsys, error, words):
 
 
 @pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
-def test_the_first_of_torchrun_s_processes_speaks_for_all(monkeypatch, capsys, rank, lines):
+def test_where_processes_cannot_agree_the_first_speaks(monkeypatch, capsys, rank, lines):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)   # no torchrun
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     for error, expected in ((ValueError("x"), 2), (KeyboardInterrupt("x"), 130)):

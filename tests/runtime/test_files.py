@@ -1,6 +1,9 @@
 """Files are whole or absent; arrays come back as they were, and damaged ones are refused."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from runtime.files import array_names, atomic_write, read_arrays, save_arrays
 
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
 LABELS = np.arange(6)
 
@@ -52,6 +56,28 @@ def test_an_exception_leaves_the_old_file(tmp_path, error, when):
         if when == "while writing":
             fail()
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from runtime.files import atomic_write
+with atomic_write(pathlib.Path(sys.argv[1])) as file:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    path = tmp_path / "file"
+    subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT)
+    leftover, = tmp_path.glob("file.*.partial")
+    others = [tmp_path / name for name in (
+        "other" + leftover.name.removeprefix("file"), "file.zip.partial",
+        f"file.{os.getppid()}.partial")]   # the last one's writer lives
+    for other in others:
+        other.write_bytes(b"")
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -1,0 +1,90 @@
+"""Which images a run is given, by their content: one set may have many names.
+
+A checkpoint holds the digest of its public images. The digest of private images is keyed. It stays
+with its key in the user's state folder until the run ends: whoever had both could test a guess.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from runtime.distributed import is_first_process
+
+# What a missing, closed or damaged state file raises; RuntimeError: the user has no home.
+NO_STATE = (OSError, RuntimeError, ValueError, KeyError, TypeError)
+
+
+def image_digest(images: np.ndarray) -> str:
+    """SHA-256 of the images, uint8 [N, H, W, C], in whatever order."""
+    each = sorted(hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images)
+    return hashlib.sha256(b"".join(each)).hexdigest()
+
+
+def keyed_digest(key: bytes, dataset: object) -> str:
+    """HMAC-SHA256 of a Dataset's images, labels and captions in their order."""
+    mac = hmac.new(key, digestmod="sha256")
+    captions = dataset.captions or [None] * len(dataset.images)
+    for image, label, text in zip(dataset.images, dataset.labels.tolist(), captions, strict=True):
+        mac.update(repr((image.shape, label, text)).encode())
+        mac.update(np.ascontiguousarray(image))
+    return mac.hexdigest()
+
+
+def state_file(unfinished: Path) -> Path:
+    """Where key and digest lie while `unfinished` can be resumed: on this machine only."""
+    folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    name = hashlib.sha256(os.fsencode(unfinished.resolve())).hexdigest()
+    return Path(folder, "dp-ldm", f"{name}.json")
+
+
+def keep_data(unfinished: Path, dataset: object, resumed: bool) -> None:
+    """Remember the private data of a new run; ValueError if a resumed one was begun with others.
+
+    Prints a line where that cannot be done. Under torchrun the first process does it for all.
+    """
+    if not is_first_process():
+        return
+    if resumed:
+        check(unfinished, dataset)
+    else:
+        remember(unfinished, dataset)
+
+
+def remember(unfinished: Path, dataset: object) -> None:
+    """Write key and digest of a new run's data, for its user's eyes only."""
+    unfinished.unlink(missing_ok=True)   # an earlier run's, which was begun with other data
+    forget(unfinished)
+    key = secrets.token_bytes(32)
+    content = {"run": str(unfinished), "key": key.hex(), "digest": keyed_digest(key, dataset)}
+    try:
+        path = state_file(unfinished)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            json.dump(content, file)
+    except NO_STATE as error:
+        print(f"--resume will not notice if the private data change: {error}")
+
+
+def check(unfinished: Path, dataset: object) -> None:
+    """ValueError if the data are not those that the run in `unfinished` was begun with."""
+    try:
+        content = json.loads(state_file(unfinished).read_text())
+        key, digest = bytes.fromhex(content["key"]), content["digest"]
+    except NO_STATE as error:
+        print(f"whether the private data have changed could not be checked: {error}")
+        return
+    if keyed_digest(key, dataset) != digest:
+        raise ValueError(f"{unfinished} was begun with other images, labels or captions: the data "
+                         "have changed")
+
+
+def forget(unfinished: Path) -> None:
+    """Delete key and digest: there is nothing left to resume."""
+    with suppress(*NO_STATE):
+        state_file(unfinished).unlink()
