@@ -7,97 +7,49 @@ refute the claim. Worse guesses prove nothing, unless the same audit catches bro
     A  canaries through the real clip-sum-noise functions: each score must be N(included, sigma^2)
     B  the same over T steps: the attacker's guesses bound epsilon from below (Nasr et al. 2023)
     C  train.py's own loop with and without a canary image (Jagielski et al. 2020): slow
+    D  train.py's own loop once, with thousands of canaries (Steinke et al. 2023)
 
     python audit.py                           # A, B and checks of what they cannot see: 15 seconds
     python audit.py --end-to-end --runs 200   # C: two minutes
+    python audit.py --one-run                 # D: three minutes
 
-Each audit wrongly accuses correct code with probability ERROR or less, C with 2 * END_TO_END_ERROR.
-Sources: Nasr et al. 2023, arXiv 2302.07956: auditing by Gaussian DP. Dong, Roth, Su 2022, arXiv
-1905.02383: Gaussian DP. Balle, Wang 2018, arXiv 1805.06530: the exact Gaussian curve. Jagielski et
-al. 2020, arXiv 2006.07709.
+Each audit wrongly accuses correct code with probability ERROR or less, C with 2 * END_TO_END_ERROR,
+D with ONE_RUN_ERROR for each of its two attackers. runtime/bounds.py has the statistics.
 """
 
 import copy
 import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from decimal import ROUND_FLOOR
+from functools import cache, partial
 
 import numpy as np
 import torch
 from scipy import stats
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 from torch import nn
 
 import accountant
 import dp_sgd
 import train
 from accountant import in_words
-from dp_sgd import Batch, PrivacyPlan, Tensors, in_chunks, private_parameter_names
+from dp_sgd import Batch, PrivacyPlan, Tensors, in_chunks, make_plan, private_parameter_names
 from ldm import LatentDiffusion, sample_t_and_noise
+from runtime import bounds
 from runtime.checkpoints import build_model
 from runtime.cli import Parser, one_line_errors
 from runtime.config import Config
-from variants import ghost
+from variants import ghost, pld
 
-ERROR, END_TO_END_ERROR = 1e-6, 0.005
+ERROR, END_TO_END_ERROR, ONE_RUN_ERROR = 1e-6, 0.005, 0.05
 CANARIES, CHUNK, STEPS = 1000, 100, 4   # canaries per call, examples per chunk, T
 # Four steps of noise 2 are together 1-Gaussian-DP: epsilon 4.38. On average half of the canaries
 # are in; then they are in all T batches (q = 1), and the expected batch is a mere divisor.
 CANARY_PLAN = PrivacyPlan(CANARIES, CANARIES // 2, STEPS, 2.0, 0.1, 1e-5)
 SAMPLING_PLAN, PHYSICAL_BATCH = PrivacyPlan(1000, 100, 400, 1.0, 0.1, 1e-5), 10
-
-
-# ---- from guesses to epsilon --------------------------------------------------------------------
-
-def error_upper(false: int, trials: int, error: float) -> float:
-    """Upper Clopper-Pearson bound on the rate of wrong guesses; wrong with probability `error`."""
-    return 1.0 if false >= trials else float(stats.beta.ppf(1 - error, false + 1, trials - false))
-
-
-def gdp_lower_bound(false_positives: int, outs: int, false_negatives: int, ins: int,
-                    error: float = ERROR) -> float:
-    """mu_lower = Phi^-1(1 - FPR_upper) - Phi^-1(FNR_upper), at least 0 (Nasr et al. 2023).
-
-    A mu-Gaussian-DP mechanism lets no test have Phi^-1(1 - FPR) - Phi^-1(FNR) above mu. One number
-    stands for the whole trade-off curve, so common errors are enough to bound a large epsilon: no
-    need to wait for rare ones.
-    """
-    fpr = error_upper(false_positives, outs, error / 2)
-    fnr = error_upper(false_negatives, ins, error / 2)
-    return max(0.0, float(stats.norm.isf(fpr) - stats.norm.ppf(fnr)))
-
-
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """delta of a mu-Gaussian-DP mechanism at epsilon, exact (Balle and Wang 2018, Theorem 8)."""
-    first, second = log_ndtr(mu / 2 - epsilon / mu), log_ndtr(-mu / 2 - epsilon / mu)
-    return float(np.exp(first) - np.exp(epsilon + second))
-
-
-def gdp_epsilon(mu: float, delta: float) -> float:
-    """The epsilon in nats at which gaussian_delta is delta, at least 0."""
-    if mu <= 0 or gaussian_delta(mu, 0.0) <= delta:
-        return 0.0
-    # There the first term alone is below delta.
-    highest = mu * mu / 2 + mu * stats.norm.isf(delta) + 1
-    return float(brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, highest))
-
-
-def dp_epsilon_lower(false_positives: int, outs: int, false_negatives: int, ins: int, delta: float,
-                     error: float = END_TO_END_ERROR) -> float:
-    """epsilon_lower = log((TPR_lower - delta) / FPR_upper), in and out swapped if that is more.
-
-    Needs no assumption on the mechanism, unlike gdp_lower_bound, and pays for it: epsilon_lower
-    cannot be above about log(trials) (Jagielski et al. 2020). Too high with probability 2 * error
-    at most.
-    """
-    fpr, fnr = error_upper(false_positives, outs, error), error_upper(false_negatives, ins, error)
-    return max(0.0, *(math.log(max(1 - a - delta, 1e-300) / b)
-                      for a, b in ((fnr, fpr), (fpr, fnr))))
 
 
 # ---- the private step, and broken copies of it that train just as well --------------------------
@@ -112,7 +64,7 @@ class Mechanism:
     def step(self, model: nn.Module, parameters: Tensors, batch: Batch, plan: PrivacyPlan,
              rng: np.random.Generator) -> Tensors:
         """The private gradient of one batch: all that an optimiser may see of it."""
-        total = self.clipped_sum(model, parameters, batch, plan.max_grad_norm)
+        total = self.clipped_sum(model, parameters, batch, plan.clip_to)
         return self.add_noise(total, plan, rng)
 
 
@@ -124,10 +76,10 @@ def correct_ghost(chunk: int) -> Mechanism:
     return Mechanism(in_chunks(ghost.clipped_gradient_sum, chunk))
 
 
-def with_another_plan(change: Callable) -> Callable:
+def with_another_plan(change: Callable, engine: Callable = correct) -> Callable:
     """Correct code whose add_noise is misled: it gets change(plan, B, chunk) after B examples."""
     def misled(chunk: int) -> Mechanism:
-        sizes, clipped_sum = [], correct(chunk).clipped_sum
+        sizes, clipped_sum = [], engine(chunk).clipped_sum
 
         def sum_and_count(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
             sizes.append(len(batch[0]))
@@ -144,15 +96,15 @@ def noise_per_chunk(plan: PrivacyPlan, B: int, chunk: int) -> PrivacyPlan:
     return replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(chunks))
 
 
-def without_clipping(chunk: int) -> Mechanism:
-    clipped_sum = correct(chunk).clipped_sum
+def without_clipping(chunk: int, engine: Callable = correct) -> Mechanism:
+    clipped_sum = engine(chunk).clipped_sum
     return Mechanism(lambda model, parameters, batch, C: clipped_sum(model, parameters, batch,
                                                                      math.inf))
 
 
-def clipping_the_average(chunk: int) -> Mechanism:
+def clipping_the_average(chunk: int, engine: Callable = correct) -> Mechanism:
     def clipped_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
-        total = without_clipping(chunk).clipped_sum(model, parameters, batch, C)
+        total = without_clipping(chunk, engine).clipped_sum(model, parameters, batch, C)
         norm = torch.stack([s.norm() for s in total.values()]).norm() / max(1, len(batch[0]))
         weight = (C / norm).clamp(max=1.0)
         return {name: s * weight for name, s in total.items()}
@@ -176,7 +128,7 @@ def with_the_embedder_apart(chunk: int) -> Mechanism:
 def shuffled_batches(plan: PrivacyPlan, rng: np.random.Generator) -> list[torch.Tensor]:
     """Batches as most training loops draw them: each epoch a new order, cut into equal pieces."""
     per_epoch = plan.num_examples // plan.expected_batch
-    orders = [torch.from_numpy(rng.permutation(plan.num_examples))
+    orders = [torch.from_numpy(rng.random(plan.num_examples).argsort())
               for _ in range(math.ceil(plan.steps / per_epoch))]
     return [piece for order in orders for piece in order.split(plan.expected_batch)][:plan.steps]
 
@@ -260,8 +212,8 @@ def audit_guesses(included: np.ndarray, scores: np.ndarray, sigma: float) -> tup
     """
     T = len(scores)
     guess = scores.sum(axis=0) > T / 2
-    mu = gdp_lower_bound(int((guess & ~included).sum()), int((~included).sum()),
-                         int((~guess & included).sum()), int(included.sum()))
+    mu = bounds.gdp_lower_bound(int((guess & ~included).sum()), int((~included).sum()),
+                                int((~guess & included).sum()), int(included.sum()), ERROR)
     return mu, mu > math.sqrt(T) / sigma
 
 
@@ -293,7 +245,7 @@ def audit_accounting(claimed: float, batches: list[torch.Tensor],
                      plan: PrivacyPlan) -> tuple[float, bool]:
     """(epsilon_lower, caught: above the claim): epsilon of the rate and the steps observed."""
     drawn, chances = sum(map(len, batches)), plan.num_examples * len(batches)
-    q_lower = 1 - error_upper(chances - drawn, chances, ERROR)
+    q_lower = 1 - bounds.error_upper(chances - drawn, chances, ERROR)
     epsilon = accountant.epsilon(q_lower, plan.noise_multiplier, len(batches), plan.delta)
     return epsilon, epsilon > claimed
 
@@ -323,7 +275,7 @@ def audit_mechanism(mechanism: Mechanism, groups: int,
     gap, std, caught_a = audit_scores(included, scores[0], plan.noise_multiplier)
     mu, caught_b = audit_guesses(included, scores, plan.noise_multiplier)
     ratio, caught_divisor = audit_divisor(mechanism, plan, rng)
-    bound = in_words(gdp_epsilon(mu, plan.delta), 3, ROUND_FLOOR)
+    bound = in_words(bounds.gdp_epsilon(mu, plan.delta), 3, ROUND_FLOOR)
     text = f"{gap:7.2f}  {std:5.2f}  {bound:>9}"
     verdicts = {"A": caught_a, "B": caught_b, f"divisor check (x {ratio:.0f})": caught_divisor}
     return text, [name for name, caught in verdicts.items() if caught]
@@ -358,12 +310,14 @@ def audit_surroundings(rng: np.random.Generator) -> list[tuple]:
             for name, broken, text, check, (value, caught) in rows]
 
 
-def print_rows(rows: list[tuple]) -> bool:
+def print_rows(rows: Iterable[tuple]) -> bool:
     """Print a verdict per row; True if correct code passes and every broken variant is caught."""
-    for name, _, text, caught in rows:
+    as_expected = True
+    for name, broken, text, caught in rows:
         verdict = f"CAUGHT by {', '.join(caught)}" if caught else "not caught"
-        print(f"{name:39} {text:40} {verdict}")
-    return all(bool(caught) == broken for _, broken, _, caught in rows)
+        print(f"{name:39} {text:40} {verdict}", flush=True)
+        as_expected &= bool(caught) == broken
+    return as_expected
 
 
 def run_canaries(groups: int) -> bool:
@@ -371,7 +325,7 @@ def run_canaries(groups: int) -> bool:
     plan, rng = CANARY_PLAN, dp_sgd.secure_generator()
     mu = math.sqrt(plan.steps) / plan.noise_multiplier
     print(f"claim: gap 1, sd {plan.noise_multiplier:g}; {plan.steps} steps are {mu:g}-Gaussian-DP: "
-          f"epsilon {in_words(gdp_epsilon(mu, plan.delta), 3)} at delta {plan.delta:g}\n"
+          f"epsilon {in_words(bounds.gdp_epsilon(mu, plan.delta), 3)} at delta {plan.delta:g}\n"
           f"{groups * CANARIES:,} canaries; an audit accuses correct code with probability "
           f"{ERROR:g} or less\n\n{'':39} {'A: gap':>7}  {'sd':>5}  {'B: epsilon_lower':>9}")
     rows = [(name, not name.startswith("correct"), *audit_mechanism(mechanism(CHUNK), groups, rng))
@@ -414,7 +368,7 @@ def tiny_world(rng: np.random.Generator) -> World:
     for p in model.unet.parameters():   # layers that start at zero would hide the gradient
         nn.init.normal_(p, std=0.3)
     N = END_TO_END_PLAN.num_examples
-    images = rng.integers(0, 256, (N, 8, 8, 1), dtype=np.uint8)
+    images = (256 * rng.random((N, 8, 8, 1))).astype(np.uint8)
     z_0 = train.encode_dataset(model, images, torch.device("cpu"))
     labels = (torch.arange(N) == N - 1).long()
     draws = sample_t_and_noise(model, z_0[-1:], labels[-1:], 256, 0.0, rng)
@@ -452,7 +406,8 @@ def bound_of(scores: np.ndarray) -> float:
     def epsilon(of: np.ndarray, threshold: float) -> float:
         positives = int((of[:, 0] > threshold).sum())    # false: without the canary
         negatives = int((of[:, 1] <= threshold).sum())   # false: with the canary
-        return dp_epsilon_lower(positives, len(of), negatives, len(of), END_TO_END_PLAN.delta)
+        return bounds.dp_epsilon_lower(positives, len(of), negatives, len(of),
+                                       END_TO_END_PLAN.delta, END_TO_END_ERROR)
 
     return epsilon(fresh, max(known.flatten(), key=lambda threshold: epsilon(known, threshold)))
 
@@ -480,13 +435,177 @@ def run_end_to_end(runs: int) -> bool:
     return print_rows(rows)
 
 
+# ---- D: one run ---------------------------------------------------------------------------------
+
+CANARIES_PER_GUESS, RUN_STEPS, ONE_RUN_CHUNK = 50, 4, 1000
+TABLE = "embedder.embedding.weight"   # one row per canary
+
+
+def one_run_config() -> Config:
+    """As small a model as can be, and gradients that are nearly all in the canary's own row.
+
+    Its weights move so little that these gradients stay as the attacker knows them.
+    """
+    config = end_to_end_config()
+    config.vae.ch_mult = (1, 1, 1)
+    config.unet.model_channels, config.unet.num_heads, config.unet.context_dim = 8, 1, 32
+    config.private.noise_multiplicity, config.private.lr = 1, 1e-5
+    return config
+
+
+ONE_RUN = one_run_config()
+
+
+def one_run_world(canaries: int) -> World:
+    """Every canary is the same image, and the only one of its class.
+
+    The attacker has chosen the public model. It looks neither at the image nor at the time, errs by
+    100, and embeds all classes alike: so in each draw a canary's gradient has the same direction.
+    """
+    model = build_model(ONE_RUN.architecture(canaries))
+    for p in model.unet.parameters():
+        nn.init.normal_(p, std=0.3)
+    for layer in (model.unet.input_blocks[0][0], model.unet.time_embed[-1]):
+        nn.init.zeros_(layer.weight)
+    nn.init.constant_(model.unet.out[-1].bias, 100.0)
+    with torch.no_grad():
+        model.embedder.embedding.weight[:] = torch.randn(ONE_RUN.unet.context_dim)
+    image = np.random.default_rng().integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    z_0, label = train.encode_dataset(model, image, torch.device("cpu")), torch.tensor([0])
+    draws = sample_t_and_noise(model, z_0, label, 256, 0.0, np.random.default_rng())
+    model(*(x[0] for x in draws)).mean().backward()
+    gradient = model.embedder.embedding.weight.grad[0]
+    return World(model, z_0.expand(canaries, -1, -1, -1), torch.arange(canaries),
+                 gradient / gradient.norm())
+
+
+@cache
+def one_run_plan(claim: float, canaries: int, sample_rate: float) -> PrivacyPlan:
+    """The plan of RUN_STEPS steps that spends `claim`, by the tighter accountant.
+
+    N and the expected batch count all candidates, in or out: only so do they not depend on who is.
+    """
+    batch = int(sample_rate * canaries)
+    return make_plan(canaries, batch, RUN_STEPS * batch / canaries, 0.1, claim, 1e-5, pld)
+
+
+def one_run_scores(mechanism: Mechanism, world: World, plan: PrivacyPlan,
+                   included: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One run of train.train_private with the canaries included, bool [N]: two attackers' scores.
+
+    "weights" sees what is published, the averaged final weights: how far has each canary's row
+    moved against its gradient? "steps" sees also what the optimiser is given in every step, which
+    the accountant lets everyone see: how much of each canary's gradient is in there? Steps that
+    vary less between the canaries weigh more. Scores [N].
+    """
+    model, seen = copy.deepcopy(world.model), []
+
+    def sample(plan: PrivacyPlan, rng: np.random.Generator) -> torch.Tensor:
+        drawn = mechanism.sample(plan, rng)
+        return drawn[included[drawn]]
+
+    def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
+        private = mechanism.add_noise(total, plan, rng)
+        seen.append(private[TABLE][:plan.num_examples].double() @ world.direction.double())
+        return private
+
+    with redirect_stderr(io.StringIO()):   # without the progress bars
+        train.train_private(model, world.z_0, world.labels, private_parameter_names(model), plan,
+                            ONE_RUN, dp_sgd.secure_generator(), sample=sample,
+                            clipped_sum=mechanism.clipped_sum, add_noise=add_noise)
+    with torch.no_grad():
+        moved = (model.embedder(world.labels) - world.model.embedder(world.labels))[:, 0]
+    steps = torch.stack(seen)
+    weighted = steps / steps.var(dim=1, keepdim=True)
+    return {"weights": -(moved @ world.direction), "steps": weighted.sum(dim=0)}
+
+
+def right_guesses(scores: torch.Tensor, included: torch.Tensor, guesses: int) -> int:
+    """Guess "in" for the half of the guesses with the highest scores, "out" for the lowest.
+
+    How many to guess is fixed beforehand. A number chosen by looking at the outcome would fit it.
+    """
+    order, half = scores.argsort(), guesses // 2
+    return int(included[order[-half:]].sum() + (~included[order[:half]]).sum())
+
+
+def audit_one_run(mechanism: Mechanism, world: World, claim: float,
+                  sample_rate: float) -> tuple[str, list[str]]:
+    """Audit D: (what was measured, the attackers whose bound is above the claim)."""
+    N = len(world.labels)
+    plan, guesses = one_run_plan(claim, N, sample_rate), N // CANARIES_PER_GUESS
+    included = torch.from_numpy(dp_sgd.secure_generator().random(N) < 0.5)
+    text, caught = f"{claim:5g} {sample_rate:5g}", []
+    for attacker, scores in one_run_scores(mechanism, world, plan, included).items():
+        right = right_guesses(scores, included, guesses)
+        lower = bounds.one_run_lower_bound(N, guesses, right, plan.delta, ONE_RUN_ERROR)
+        text += f"{right:10} {in_words(lower, 3, ROUND_FLOOR):>5}"
+        if lower > claim:
+            caught.append(attacker)
+    return text, caught
+
+
+def silent_last_step(chunk: int) -> Mechanism:
+    calls = []
+
+    def add_noise(total: Tensors, plan: PrivacyPlan, rng: np.random.Generator) -> Tensors:
+        calls.append(plan)
+        last = len(calls) == plan.steps
+        return dp_sgd.add_noise(total, replace(plan, noise_multiplier=0.0) if last else plan, rng)
+
+    return replace(correct_ghost(chunk), add_noise=add_noise)
+
+
+def everyone(chunk: int) -> Mechanism:
+    """Each batch is all of the data, whatever the plan's rate."""
+    return replace(correct_ghost(chunk), sample=lambda plan, rng: torch.arange(plan.num_examples))
+
+
+def noise_times(factor: float) -> Callable:
+    return with_another_plan(lambda plan, B, chunk: replace(
+        plan, noise_multiplier=plan.noise_multiplier * factor), correct_ghost)
+
+
+# (variant, claimed epsilon, claimed q, function (chunk) -> Mechanism, whether D sees the mistake)
+ONE_RUNS = [
+    ("correct code", 1.0, 1.0, correct_ghost, False),
+    ("correct code", 4.0, 1.0, correct_ghost, False),
+    ("correct code", 10.0, 1.0, correct_ghost, False),
+    ("correct code", 1.0, 0.5, correct_ghost, False),
+    ("no clipping", 1.0, 1.0, partial(without_clipping, engine=correct_ghost), True),
+    ("clipping after averaging examples", 1.0, 1.0,
+     partial(clipping_the_average, engine=correct_ghost), True),
+    ("noise halved", 1.0, 1.0, noise_times(0.5), True),
+    ("no noise", 1.0, 1.0, noise_times(0.0), True),
+    ("no noise in the last step", 1.0, 1.0, silent_last_step, True),
+    ("all drawn, accounted as q = 1/4", 1.0, 0.25, everyone, True),
+    ("divisor = actual batch size", 1.0, 1.0, with_another_plan(lambda plan, B, chunk: replace(
+        plan, expected_batch=max(1, B)), correct_ghost), False),
+]
+
+
+def run_one_run(canaries: int) -> bool:
+    """Audit D of correct code and of broken copies, one run each; prints the table."""
+    print(f"one run of {RUN_STEPS} steps a row, delta 1e-05; {canaries:,} canaries, "
+          f"{canaries // CANARIES_PER_GUESS:,} guesses; a bound fails with probability "
+          f"{ONE_RUN_ERROR:g}\n\n{'':51}{'final weights':>16}{'every step':>16}\n{'':39} "
+          f"{'claim':>5} {'q':>5}{'right bound':>16}{'right bound':>16}")
+    world = one_run_world(canaries)
+    return print_rows((name, broken, *audit_one_run(mechanism(ONE_RUN_CHUNK), world, claim, q))
+                      for name, claim, q, mechanism, broken in ONE_RUNS)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--canaries", type=int, default=20_000,
-                        help="canaries of A and B, a multiple of 1000 (default 20000)")
-    parser.add_argument("--end-to-end", action="store_true", help="audit C: whole private runs")
+    parser.add_argument("--canaries", type=int,
+                        help="a multiple of 1000 (default 20000 for A and B, 30000 for D)")
+    audit = parser.add_mutually_exclusive_group()
+    audit.add_argument("--end-to-end", action="store_true", help="audit C: many private runs")
+    audit.add_argument("--one-run", action="store_true", help="audit D: one private run per row")
     parser.add_argument("--runs", type=int, default=200, help="runs per row of C (default 200)")
     args = parser.parse_args(argv)
+    if args.canaries is None:
+        args.canaries = 30_000 if args.one_run else 20_000
     if args.canaries < CANARIES or args.canaries % CANARIES:
         raise ValueError(f"--canaries must be a positive multiple of {CANARIES}, not "
                          f"{args.canaries}")
@@ -494,6 +613,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--runs must be a multiple of 4 from 8 on, not {args.runs}")
     if args.end_to_end:
         as_expected = run_end_to_end(args.runs)
+    elif args.one_run:
+        as_expected = run_one_run(args.canaries)
     else:
         as_expected = run_canaries(args.canaries // CANARIES)
     if not as_expected:

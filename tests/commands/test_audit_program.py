@@ -1,4 +1,4 @@
-"""The audit passes correct code and catches broken copies; its bounds hold where truth is known.
+"""The audit passes correct code and catches broken copies.
 
 Statistical verdicts on correct code fail with probability 1e-6 or less.
 """
@@ -9,18 +9,19 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import stats
 
-import accountant
 import audit
 import train
 from tiny import refuse
+from variants import pld
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = audit.CANARY_PLAN
@@ -93,57 +94,6 @@ def test_the_divisor_of_correct_code_is_constant():
     assert ratio == pytest.approx(1, rel=1e-6) and not caught
 
 
-# ---- the bounds --------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("mu", [0.3, 1.0, 3.0])
-def test_the_gdp_bound_holds_in_simulations(mu):
-    """At 5% it may be too high in 5% of them, and may not be far below on average."""
-    rng, n, simulations = np.random.default_rng(0), 2000, 2000
-    rate = stats.norm.sf(mu / 2)   # both error rates at the best threshold
-    errors = rng.binomial(n, rate, (simulations, 2)).tolist()
-    bounds = np.array([audit.gdp_lower_bound(fp, n, fn, n, error=0.05) for fp, fn in errors])
-    assert (bounds > mu).mean() <= 0.05 and bounds.mean() > mu - 0.25
-
-
-def test_the_gdp_bound_at_the_ends():
-    assert audit.gdp_lower_bound(50, 100, 50, 100) == 0
-    assert audit.gdp_lower_bound(100, 100, 0, 100) == 0
-    assert 1 < audit.gdp_lower_bound(0, 100, 0, 100) < 3   # perfect guesses are no infinite bound
-
-
-def test_error_bounds_are_clopper_pearsons():
-    for false, trials, error in ((0, 10, 0.05), (3, 10, 1e-3), (9, 10, 0.1)):
-        upper = audit.error_upper(false, trials, error)
-        assert stats.binom.cdf(false, trials, upper) == pytest.approx(error, rel=1e-9)
-    assert audit.error_upper(10, 10, 0.05) == 1
-
-
-@pytest.mark.parametrize("mu, epsilon", [(0.5, 0.3), (1.0, 1.0), (3.0, 8.0)])
-def test_the_gaussian_curve_is_the_integral_defining_delta(mu, epsilon):
-    def excess(x: float) -> float:
-        return max(0.0, stats.norm.pdf(x, mu) - math.exp(epsilon) * stats.norm.pdf(x))
-
-    start = epsilon / mu + mu / 2   # where the densities' ratio is e^epsilon
-    expected = integrate.quad(excess, start, start + 12, epsabs=1e-13)[0]
-    assert audit.gaussian_delta(mu, epsilon) == pytest.approx(expected, rel=1e-6)
-
-
-def test_epsilon_from_mu():
-    assert audit.gdp_epsilon(0.0, 1e-5) == audit.gdp_epsilon(1e-6, 1e-5) == 0
-    for mu in (0.1, 1.0, 5.0, 40.0):
-        epsilon = audit.gdp_epsilon(mu, 1e-5)
-        assert audit.gaussian_delta(mu, epsilon) == pytest.approx(1e-5, rel=1e-6)
-        assert epsilon <= accountant.epsilon(1.0, 1 / mu, 1, 1e-5)
-
-
-def test_the_bound_without_assumptions_holds_for_randomised_response():
-    """Truth with probability e^epsilon / (1 + e^epsilon): exactly epsilon-DP."""
-    rng, epsilon, n = np.random.default_rng(0), 1.0, 1000
-    errors = rng.binomial(n, 1 / (1 + math.exp(epsilon)), (1000, 2)).tolist()
-    bounds = np.array([audit.dp_epsilon_lower(fp, n, fn, n, 0.0, error=0.05) for fp, fn in errors])
-    assert (bounds > epsilon).mean() <= 0.1 and bounds.mean() > 0.7
-
-
 # ---- C -----------------------------------------------------------------------------------------
 
 def everyone(plan: object, rng: np.random.Generator) -> torch.Tensor:
@@ -178,6 +128,83 @@ def test_the_bound_from_known_scores(distance, caught):
     assert (audit.bound_of(scores) > audit.END_TO_END_PLAN.epsilon) == caught
 
 
+# ---- D -----------------------------------------------------------------------------------------
+
+ONE_RUN_PLAN = audit.PrivacyPlan(60, 60, 3, 1.0, 0.1, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def crowd() -> audit.World:
+    """A world of 60 canaries."""
+    return audit.one_run_world(60)
+
+
+def test_a_canary_that_is_out_is_never_drawn(crowd):
+    """And its coin changes neither N nor q, which sampler and noise are told."""
+    correct, plans, labels = audit.correct_ghost(7), [], []
+
+    def tell(function: Callable) -> Callable:
+        return lambda *arguments: (plans.extend(a for a in arguments if a is ONE_RUN_PLAN),
+                                   function(*arguments))[1]
+
+    def clipped_sum(model: object, parameters: dict, batch: tuple, C: float) -> dict:
+        labels.append(batch[3][:, 0].tolist())
+        return correct.clipped_sum(model, parameters, batch, C)
+
+    step = audit.Mechanism(clipped_sum, tell(correct.add_noise), tell(correct.sample))
+    included = torch.arange(60) % 3 == 0
+    audit.one_run_scores(step, crowd, ONE_RUN_PLAN, included)
+    assert labels == [[*range(0, 60, 3)]] * 3 and len(plans) == 6
+
+
+def test_each_canary_spends_its_norm_on_its_own_row(crowd):
+    sums, correct = [], audit.correct_ghost(7)
+
+    def add_noise(total: dict, plan: object, rng: object) -> dict:
+        sums.append(total[audit.TABLE] @ crowd.direction.to(total[audit.TABLE].dtype))
+        return correct.add_noise(total, plan, rng)
+
+    included = torch.arange(60) % 3 == 0
+    audit.one_run_scores(replace(correct, add_noise=add_noise), crowd, ONE_RUN_PLAN, included)
+    for along in sums:   # in the last step too: the noise has changed the weights by then
+        assert (along[:60][included] > 0.95 * ONE_RUN_PLAN.max_grad_norm).all()
+        assert (along[:60][~included] == 0).all()
+
+
+@pytest.mark.parametrize("attacker", ["weights", "steps"])
+def test_without_noise_each_attacker_sees_every_canary(crowd, attacker):
+    included = torch.arange(60) % 3 == 0
+    scores = audit.one_run_scores(audit.noise_times(0.0)(7), crowd, ONE_RUN_PLAN, included)
+    assert scores[attacker][included].min() > scores[attacker][~included].max()
+
+
+def test_the_attacker_guesses_at_both_ends_only():
+    scores = torch.tensor([5.0, -3.0, 4.0, 0.0, 1.0, -2.0])
+    included = torch.tensor([True, True, False, True, True, False])
+    assert audit.right_guesses(scores, included, 4) == 2   # in: 5 and 4; out: -3 and -2
+    assert audit.right_guesses(scores, included, 2) == 1
+
+
+@pytest.fixture(scope="module")
+def large_crowd() -> audit.World:
+    return audit.one_run_world(1000)
+
+
+@pytest.mark.parametrize("name", [
+    "no clipping", "clipping after averaging examples", "no noise", "no noise in the last step"])
+def test_one_run_catches_grave_mistakes(large_crowd, name):
+    (claim, q, mechanism), = [row[1:4] for row in audit.ONE_RUNS if row[0] == name]
+    _, caught = audit.audit_one_run(mechanism(1000), large_crowd, claim, q)
+    assert "steps" in caught
+
+
+def test_the_plan_of_one_run_spends_the_claim():
+    """By the tighter accountant, and at the rate claimed."""
+    plan = audit.one_run_plan(1.0, 1000, 0.25)
+    assert (plan.num_examples, plan.expected_batch, plan.steps) == (1000, 250, audit.RUN_STEPS)
+    assert 0.99 < pld.total_epsilon([(0.25, plan.noise_multiplier, plan.steps)], 1e-5) <= 1
+
+
 # ---- the command line --------------------------------------------------------------------------
 
 def test_the_table_has_a_right_verdict_in_every_row(capsys):
@@ -198,6 +225,17 @@ def test_too_few_runs_catch_nothing_and_exit_with_1(capsys):
         assert re.search(rf"^{name} +epsilon_lower 0 +not caught$", printed, re.M), name
 
 
+def test_one_run_prints_a_row_for_each_run(capsys, monkeypatch):
+    rows = [row for row in audit.ONE_RUNS if row[0] in ("no noise", "divisor = actual batch size")]
+    monkeypatch.setattr(audit, "ONE_RUNS", [audit.ONE_RUNS[0], *rows])
+    audit.main(["--one-run", "--canaries", "1000"])   # a wrong verdict would exit with 1
+    printed = capsys.readouterr().out
+    assert "1,000 canaries, 20 guesses" in printed
+    assert re.search(r"^correct code +1 +1( +\d+ +[\d.]+){2} not caught$", printed, re.M)
+    assert re.search(r"^no noise +1 +1( +\d+ +[\d.]+){2} CAUGHT by weights, steps$", printed, re.M)
+    assert re.search(r"^divisor = actual batch size .* not caught$", printed, re.M)
+
+
 @pytest.mark.parametrize("rows, right", [
     ([(False, []), (True, ["A"])], True), ([(False, ["A"]), (True, ["A"])], False),
     ([(False, []), (True, [])], False)])
@@ -209,7 +247,9 @@ def test_a_wrong_verdict_is_told(rows, right):
     (["--canaries", "1500"], "--canaries must be a positive multiple of 1000, not 1500"),
     (["--canaries", "0"], "--canaries must be a positive multiple of 1000, not 0"),
     (["--runs", "9"], "--runs must be a multiple of 4"), (["--runs", "4"], "from 8 on, not 4"),
-    (["--runs", "many"], "--runs"), (["--nonsense"], "--nonsense")])
+    (["--one-run", "--canaries", "999"], "--canaries must be a positive multiple of 1000, not 999"),
+    (["--one-run", "--end-to-end"], "not allowed with"), (["--runs", "many"], "--runs"),
+    (["--nonsense"], "--nonsense")])
 def test_bad_input_is_refused(capsys, argv, word):
     assert word in refuse(capsys, audit.main, argv)
 
