@@ -3,12 +3,13 @@ REQUIREMENTS := requirements.txt
 PYTHON := .venv/bin/python
 RUN := runs/glyphs
 
-.PHONY: help demo test test-core lint clean
+.PHONY: help demo test test-core faults lint clean
 
 help:
 	@echo "make demo       train, fine-tune privately, sample, evaluate: rendered data, offline"
 	@echo "make test       lint and all tests"
 	@echo "make test-core  only the tests of the seven files, a minute"
+	@echo "make faults     put deliberate faults into the code: do the tests catch them?"
 	@echo "make clean      delete runs/ and rendered data"
 	@echo "REQUIREMENTS=FILE  with any of these: install the packages in FILE (default $(REQUIREMENTS))"
 
@@ -25,6 +26,9 @@ test-core: lint
 
 test: test-core
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --ignore tests/core
+
+faults: .venv/installed
+	$(PYTHON) tests/faults.py
 
 # Both fine-tunings run side by side, each on one core: that uses two cores better than two threads.
 demo: .venv/installed $(RUN)/public.pt

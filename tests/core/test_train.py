@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import dp_sgd
 import train
 from dp_sgd import PrivacyPlan, private_parameter_names
 from ldm import lr_factor
@@ -81,14 +82,29 @@ def test_average_and_learning_rate_count_logical_steps(recorded, in_step):
     assert [lr for _, _, lr in averages[1:]] == pytest.approx(expected) and len(rates) == 6
 
 
+def test_every_step_clips_and_adds_noise_as_planned(recorded):
+    recorded.stub, plans = True, []
+    plan, model = PrivacyPlan(5, 5, 30, 0.7, 0.5, 1e-5), tiny_model()
+
+    def add_noise(total: dict, given: PrivacyPlan, rng: np.random.Generator) -> dict:
+        plans.append(given)
+        return dp_sgd.add_noise(total, given, rng)
+
+    train.train_private(model, *tiny_data(5), private_parameter_names(model), plan, configure(),
+                        np.random.default_rng(0), clipped_sum=recorded, add_noise=add_noise)
+    assert plans == [plan] * 30
+    assert [C for *_, C in recorded] == [plan.clip_to] * 30 and plan.clip_to < 0.5
+
+
 def test_a_private_run_follows_the_plan_that_it_reports(public, tmp_path, capsys, optimizer_steps):
-    train.main(arguments(public, tmp_path, "--max-grad-norm", 0.3, "--delta", 1e-3))
+    more = ("--max-grad-norm", 0.3, "--delta", 1e-3, "--epochs", 4.2)   # 12.6 steps are 13
+    train.main(arguments(public, tmp_path, *more))
     printed = capsys.readouterr().out
     metadata = load_checkpoint(tmp_path / "private-eps3.pt")[1]
     plan = PrivacyPlan(**metadata["plan"])
-    assert dataclasses.astuple(plan)[:3] == (24, 8, 12) and len(optimizer_steps) == 12
+    assert dataclasses.astuple(plan)[:3] == (24, 8, 13) and len(optimizer_steps) == 13
     assert (plan.max_grad_norm, plan.delta) == (0.3, 1e-3) and 2.997 <= plan.epsilon <= 3
-    assert "N = 24, sample rate 0.33333, 12 steps" in printed
+    assert "N = 24, sample rate 0.33333, 13 steps" in printed
     assert f"sigma = {plan.noise_multiplier:.4f}, C = 0.3" in printed
     trained = flat({n: load_checkpoint(public / "public.pt")[0].get_parameter(n)
                     for n in private_parameter_names(load_checkpoint(public / "public.pt")[0])})

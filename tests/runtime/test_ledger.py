@@ -13,6 +13,7 @@ from accountant import in_words
 from dp_sgd import PrivacyPlan, make_plan
 from runtime import ledger
 from runtime.checkpoints import load_checkpoint
+from runtime.files import read_arrays
 from tiny import arguments, refuse
 from variants import pld
 
@@ -37,8 +38,9 @@ def test_a_seed_of_the_noise_is_on_record():
 
 
 def test_segments_are_what_the_accountant_composes():
-    entries = [ledger.ledger_entry(PLAN, 7), ledger.ledger_entry(OTHER, 50)]
-    assert ledger.segments(entries) == [(0.02, 1.5, 7), (0.1, 8.0, 50)]
+    entries = [ledger.ledger_entry(PLAN, 7), ledger.ledger_entry(OTHER, 50),
+               ledger.ledger_entry(PLAN, 300)]
+    assert ledger.segments(entries) == [(0.02, 1.5, 7), (0.1, 8.0, 50), (0.02, 1.5, 300)]
 
 
 @pytest.mark.parametrize("name, module", [("rdp", accountant), ("pld", pld)])
@@ -128,17 +130,39 @@ def test_epsilon_is_recomputed_and_not_read(private, tmp_path, monkeypatch):
     assert shown == pytest.approx([3, accountant.epsilon(8 / 24, sigma, 12, 1e-5)], rel=5e-3)
 
 
-def test_a_second_run_adds_its_entry(public, private, tmp_path, capsys):
-    more = ("--public-checkpoint", private, "--eps", 5, "--save-every", 99)
-    train.main(arguments(public, tmp_path, *more))
-    printed = capsys.readouterr().out
-    metadata = load_checkpoint(tmp_path / "private-eps5.pt")[1]
-    assert metadata["ledger"][:1] == load_checkpoint(private)[1]["ledger"]
+def power_cut() -> None:
+    raise RuntimeError
+
+
+def test_a_third_run_tells_of_all_three(public, private, tmp_path, in_step, capsys):
+    """Though later ones are interrupted, and their flags name other public data."""
+    last, entries = private, load_checkpoint(private)[1]["ledger"]
+    for eps in (4, 5):
+        command = arguments(public, tmp_path, "--public-checkpoint", last, "--eps", eps, "--epochs",
+                            1, "--public-data", "letters")
+        in_step(3, power_cut)
+        with pytest.raises(RuntimeError):
+            train.main(command)
+        [*before, own] = load_checkpoint(tmp_path / f"private-eps{eps}.unfinished.pt")[1]["ledger"]
+        assert before == entries and own["steps"] == 2
+        train.main([*command, "--resume"])
+        last = tmp_path / f"private-eps{eps}.pt"
+        metadata = load_checkpoint(last)[1]
+        [*before, own] = metadata["ledger"]
+        assert before == entries and own["steps"] == 3
+        entries = metadata["ledger"]
     assert metadata["public_config"] == load_checkpoint(private)[1]["public_config"]
-    assert len(metadata["ledger"]) == 2
-    total = ledger.spent_epsilon(metadata["ledger"], 1e-5)
-    assert 4.995 < total <= 5 and "spends epsilon = 5 at delta = 1e-05" in printed
-    assert "of that epsilon, 3 was spent before" in printed
+    epsilons = ledger.all_epsilons(entries, 1e-5)
+    report = json.loads(last.with_suffix(".privacy.json").read_text())
+    assert (report["ledger"], report["epsilon"]) == (entries, epsilons)
+    assert len(entries) == 3 and 4.995 < epsilons["rdp"] <= 5
+    printed = capsys.readouterr().out
+    assert printed.count("spends epsilon = 5 at delta = 1e-05") == 2
+    assert printed.count("of that epsilon, 4 was spent before") == 2
+    assert f"spent epsilon = 5 (RDP), {in_words(epsilons['pld'])} (PLD)" in printed
+    sample.main([str(last), "--npz", str(tmp_path / "s.npz"), "--count", "2", "--steps", "1"])
+    [origin] = read_arrays(tmp_path / "s.npz", ["origin"])
+    assert json.loads(str(origin))["epsilon"] == epsilons["rdp"]
 
 
 @pytest.mark.parametrize("eps", [2, 2.99])

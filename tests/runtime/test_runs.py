@@ -1,12 +1,16 @@
 """A private run: stopped, killed, taken up again; and nothing but noisy gradients leaves it."""
 
+import functools
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +20,22 @@ import torch
 import dp_sgd
 import sample
 import train
+from accountant import in_words
 from ldm import EMA
 from runtime import runs
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import one_line_errors
-from runtime.ledger import spent_epsilon
-from tiny import FLAGS, arguments, configure, refuse, tiny_data, tiny_model, write_images
+from runtime.ledger import all_epsilons, spent_epsilon
+from tiny import (
+    FLAGS,
+    arguments,
+    configure,
+    refuse,
+    seed_everything,
+    tiny_data,
+    tiny_model,
+    write_images,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
@@ -114,7 +128,8 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_resume(public, tmp_path, in_
 @pytest.mark.parametrize("more, word", [
     (("--epochs", 8), "--epochs"), (("--max-grad-norm", 1), "--max-grad-norm"),
     (("--expected-batch", 12), "--expected-batch"), (("--noise-multiplicity", 2), "--noise-mult"),
-    (("--accountant", "pld"), "--accountant"), (("--set", "unet.num_heads=4"), "unet.num_heads")])
+    (("--accountant", "pld"), "--accountant"), (("--delta", 1e-4), "--delta"),
+    (("--set", "unet.num_heads=4"), "unet.num_heads")])
 def test_a_resumed_run_keeps_mechanism_and_model(public, broken_off, capsys, more, word):
     folder, steps = broken_off
     before = contents(folder)
@@ -140,6 +155,9 @@ def test_a_resumed_run_keeps_its_data(public, tmp_path, in_step, capsys):
     (other / "b").rename(other / "c")
     capsys.readouterr()
     assert "the data have changed" in refuse(capsys, train.main, [*command, "--resume"])
+    (other / "c").rename(other / "b")
+    (other / "b/3.png").unlink()
+    assert "24 examples" in refuse(capsys, train.main, [*command, "--resume"])
 
 
 def test_an_unfinished_file_that_would_overspend_is_refused(public, broken_off, capsys):
@@ -219,45 +237,166 @@ def test_nothing_is_overwritten_unless_asked_for(public, private, capsys):
     assert contents(private.parent) == before
 
 
+# ---- the noise of whole runs --------------------------------------------------------------------
+
+def no_gradients(model: object, parameters: dict, batch: tuple, C: float) -> dict:
+    return {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+
+def test_every_step_s_noise_is_full_and_fresh(public, tmp_path, monkeypatch, in_step,
+                                              optimizer_steps):
+    """In 24 steps, and in the 5 that a crash made be repeated."""
+    norms = []
+    monkeypatch.setitem(train.ENGINES, "ghost", lambda *a: norms.append(a[3]) or no_gradients(*a))
+    command = arguments(public, tmp_path, "--epochs", 8, "--save-every", 10)
+    in_step(16, crash)
+    with pytest.raises(RuntimeError):
+        train.main(command)
+    del optimizer_steps[15:]   # the step that was not made
+    train.main([*command, "--resume"])
+    plan = dp_sgd.PrivacyPlan(**load_checkpoint(tmp_path / "private-eps3.pt")[1]["plan"])
+    noise = torch.stack([torch.cat([g.flatten() for g in step]) for step in optimizer_steps])
+    assert len(noise) == 15 + 24 - 10 and noise.shape[1] > 1_000
+    noise = noise.double() * plan.expected_batch / plan.noise_multiplier   # N(0, 1) each
+    errors = noise @ noise.T / noise.shape[1] - torch.eye(len(noise))
+    assert errors.abs().max() < 6 * math.sqrt(2 / noise.shape[1])   # that is six deviations
+    assert max(norms) <= plan.max_grad_norm and min(norms) > 0.9999 * plan.max_grad_norm
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_private_runs_with_one_seed_differ(public, broken_off, resumed):
+    found, left = [], contents(broken_off[0]) if resumed else {}
+    for name in ("one", "other"):
+        folder = broken_off[0] / name
+        folder.mkdir()
+        for file, content in left.items():
+            (folder / file).write_bytes(content)
+        seed_everything()
+        train.main(arguments(public, folder, "--resume", "--seed", 0))
+        found.append(load_checkpoint(folder / "private-eps3.pt")[0].state_dict())
+    assert any(not torch.equal(found[0][name], p) for name, p in found[1].items())
+
+
 # ---- nothing else leaks ------------------------------------------------------------------------
 
-def everything_written(folder: Path) -> dict:
-    """Every file's content; of checkpoints what they hold, since a zip's bytes may differ."""
-    def plain(value: object) -> object:
-        if isinstance(value, torch.Tensor):
-            return value.numpy().tobytes()
-        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of all that is inside dictionaries and lists; tensors as their bytes."""
+    if isinstance(value, dict | list | tuple):
+        yield name, len(value)
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, f"{name}/{key}")
+    elif isinstance(value, torch.Tensor):
+        yield name, (value.dtype, value.numpy().tobytes())
+    else:
+        yield name, value
 
-    return {path.name: plain(torch.load(path, weights_only=True)) if path.suffix == ".pt"
+
+def differences(one: object, other: object) -> list[str]:
+    """Where the two differ."""
+    one, other = dict(leaves(one)), dict(leaves(other))
+    return [name for name in one | other if one.get(name, ...) != other.get(name, ...)]
+
+
+def files_in(folder: Path) -> dict:
+    """Every file's content; of checkpoints what they hold, since a zip's bytes may differ."""
+    return {path.name: torch.load(path, weights_only=True) if path.suffix == ".pt"
             else path.read_bytes() for path in folder.iterdir()}
 
 
-def test_without_gradients_private_data_changes_no_file(public, tmp_path, monkeypatch, capsys):
-    """All that a run writes or prints follows from the noisy gradients, here noise alone."""
-    monkeypatch.setitem(train.ENGINES, "ghost", lambda model, parameters, batch, C: {
-        name: torch.zeros_like(p) for name, p in parameters.items()})
-    written, printed = [], []
-    for seed, per_class in ((1, [12, 12]), (2, [3, 21])):   # other images and counts, the same N
-        write_images(tmp_path / "images", per_class, seed)
+def without_times(text: str) -> list[str]:
+    """The lines, and all states of progress bars."""
+    return [re.sub(r"\[[^,\]]*<[^,\]]*,[^,\]]*", "[", line).rstrip()
+            for line in re.split(r"[\r\n]+", text)]
+
+
+@pytest.fixture
+def course(public, tmp_path, monkeypatch, capsys, in_step) -> Callable:
+    """course(pixels, label, *more, **parts): all that a run writes and prints.
+
+    The last of its 24 examples is of this grey and label; others have the labels 0 and 1 of three.
+    The run crashes in its 6th step and is taken up again. parts: drop-ins in train_private.
+    """
+    load_images, train_private = train.load_images, train.train_private
+    # Every state of a bar is printed.
+    monkeypatch.setattr(train, "trange", functools.partial(train.trange, mininterval=0))
+    monkeypatch.setattr(sample, "tqdm", functools.partial(sample.tqdm, mininterval=0))
+
+    def follow(pixels: int, label: int, *more: object, **parts: Callable) -> dict:
+        def load(*source: object) -> object:
+            dataset = load_images(*source)
+            dataset.images[23], dataset.labels[23] = pixels, label
+            dataset.classes.append("c")
+            return dataset
+
+        monkeypatch.setattr(train, "load_images", load)
+        monkeypatch.setattr(train, "train_private", lambda *values, **others: train_private(
+            *values, **others | parts))
+        out = tmp_path / "out"
+        command = arguments(public, out, *more)
+        in_step(6, crash)
         capsys.readouterr()
-        train.main(arguments(public, tmp_path / "out", "--private-data", tmp_path / "images",
-                             "--insecure-noise-seed", 7))
-        sample.main([str(tmp_path / "out/private-eps3.pt"), "--npz", str(tmp_path / "out/s.npz"),
-                     "--count", "20", "--steps", "2"])
-        printed.append(capsys.readouterr().out)
-        written.append(everything_written(tmp_path / "out"))
-        for name in ("images", "out"):
-            (tmp_path / name).rename(tmp_path / f"{name}-{seed}")
-    assert len(written[0]) == 4 and written[0] == written[1]
-    assert printed[0] == printed[1]
+        with pytest.raises(RuntimeError):
+            train.main(command)
+        found = dict(unfinished=files_in(out))
+        train.main([*command, "--resume"])
+        sample.main([str(out / "private-eps3.pt"), "--npz", str(out / "s.npz"), "--count", "20",
+                     "--steps", "2"])
+        found |= dict(finished=files_in(out), printed=without_times("\n".join(capsys.readouterr())))
+        assert len(found["unfinished"]) == 2 and len(found["finished"]) == 4
+        assert sum("private: " in line for line in found["printed"]) > STEPS
+        shutil.rmtree(out)
+        return found
+
+    return follow
 
 
-def test_private_runs_with_one_seed_differ(public, tmp_path):
-    for name in ("one", "other"):
-        train.main(arguments(public, tmp_path / name, "--seed", 3))
-    one, other = (load_checkpoint(tmp_path / name / "private-eps3.pt")[0].state_dict()
-                  for name in ("one", "other"))
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+def test_an_example_changes_its_own_gradients_only(course, monkeypatch):
+    """One of 24 is replaced. Every gradient is zero, and the noise is the same."""
+    found, rows = [], []
+
+    def watch(model, parameters, batch, C):
+        state = dict(model=model.state_dict(), parameters=parameters, C=C)
+        of_run, states = rows[-1]
+        of_run += zip(*batch, strict=True)   # z_0, t, eps and condition of each example
+        states.append(dict(leaves(state)))
+        return no_gradients(model, parameters, batch, C)
+
+    monkeypatch.setitem(train.ENGINES, "ghost", watch)
+    for pixels, label in ((255, 2), (0, 0)):   # the only one of its class, or one of many
+        rows.append(([], []))
+        found.append(course(pixels, label, "--insecure-noise-seed", 7))
+    assert differences(*found) == []
+    (one, states), (other, other_states) = rows
+    assert differences(states, other_states) == []
+    changed = [k for k, pair in enumerate(zip(one, other, strict=True)) if differences(*pair)]
+    assert all(differences(one[k][1:3], other[k][1:3]) == [] for k in changed)   # t, eps
+    assert changed and len({one[k][0].numpy().tobytes() for k in changed}) == 1
+
+
+def test_the_size_of_a_batch_changes_nothing(course, monkeypatch):
+    """Every gradient is zero, and the noise is the same whatever was drawn before it."""
+    monkeypatch.setitem(train.ENGINES, "ghost", no_gradients)
+
+    def of_sizes(seed: int) -> dict:
+        sizes, noise = np.random.default_rng(seed), np.random.default_rng(0)
+        # The average starts with smaller decays than its own: this one is small enough to matter.
+        return course(0, 0, "--set", "diffusion.ema_decay=0.3",
+                      sample=lambda plan, rng: torch.arange(sizes.integers(25)),
+                      add_noise=lambda total, plan, rng: dp_sgd.add_noise(total, plan, noise))
+
+    assert differences(of_sizes(1), of_sizes(2)) == []
+
+
+def test_only_weights_depend_on_data_and_noise(public, course):
+    """No other number in a checkpoint does, and nothing that is printed."""
+    names = dp_sgd.private_parameter_names(load_checkpoint(public / "public.pt")[0])
+    tensors = "model", "training/parameters", "training/ema"
+    allowed = {f"{tensor}/{name}" for tensor in tensors for name in names} | {
+        f"training/optimizer/state/{k}/{moment}" for k in range(len(names))
+        for moment in ("exp_avg", "exp_avg_sq")}
+    found = differences(course(255, 2), course(0, 0))
+    samples = {"/finished/private-eps3.png", "/finished/s.npz"}
+    assert {name.partition(".pt/")[2] or name for name in found} - samples == allowed
 
 
 def test_insecure_noise_is_repeatable_loud_and_on_record(public, tmp_path, capsys):
@@ -311,3 +450,32 @@ def test_a_privacy_json_is_never_another_checkpoints(public, private, tmp_path, 
     else:
         run.save(path, configure(), ["a"], 2)
         assert json.loads(readable.read_text())["delta"] == 0.1
+
+
+def test_a_privacy_json_comes_before_its_checkpoint(public, tmp_path, monkeypatch):
+    """A crash between the two leaves no weights whose spending is not on record."""
+    replaced, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: replaced.append(
+        target.name) or replace(source, target))
+    plan = dp_sgd.PrivacyPlan(10, 5, 2, 1.0, 0.1, 0.1)
+    run = runs.PrivateRun(load_checkpoint(public / "public.pt")[0], plan, [], {})
+    run.save(tmp_path / "mine.pt", configure(), ["a"], 2)
+    assert replaced == ["mine.privacy.json", "mine.pt"]
+
+
+# ---- what is said ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_what_is_said_is_computed_and_not_the_target(capsys, accountant):
+    plan, before = dp_sgd.PrivacyPlan(1_000, 20, 300, 1.5, 0.1, 1e-4), [
+        runs.ledger.ledger_entry(dp_sgd.PrivacyPlan(500, 50, 50, 8.0, 2.0, 1e-6), 50)]
+    run = runs.PrivateRun(tiny_model(), plan, before, {"data": {"public": "letters"}})
+    config = configure("private.epsilon=9", f"private.accountant={accountant}")
+    runs.announce(run, config)
+    runs.report(run, config, Path("mine.pt"))
+    printed = capsys.readouterr().out
+    spent = all_epsilons([*before, runs.ledger.ledger_entry(plan, 300)], 1e-4)
+    assert f"spends epsilon = {in_words(spent[accountant])} at delta = 0.0001 (" in printed
+    assert f"{in_words(all_epsilons(before, 1e-4)[accountant])} was spent before" in printed
+    rdp, pld = (in_words(spent[name]) for name in ("rdp", "pld"))
+    assert f"spent epsilon = {rdp} (RDP), {pld} (PLD) at delta = 0.0001: see mine" in printed
