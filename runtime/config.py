@@ -367,6 +367,8 @@ def check_sizes(config: Config) -> None:
 def check_private(config: Config) -> None:
     """ValueError for settings that make no private stage."""
     private, run = config.private, config.run
+    if config.stage == "private" and run.device.startswith("mps"):
+        raise ValueError(f"--device {run.device} has no float64, which private sums need: give cpu")
     if run.bf16 and run.clipping == "vmap":
         raise ValueError("--bf16 needs --clipping ghost: torch.func does not take it")
     if not re.fullmatch(r"auto|[1-9][0-9]*", run.physical_batch):

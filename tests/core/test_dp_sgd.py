@@ -333,6 +333,15 @@ def test_rounding_moves_no_sum_by_more_than_C(engine, k, chunk):
 
 
 @both_engines
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_sums_have_the_digits_of_float64(engine, chunk):
+    torch.manual_seed(0)
+    x = torch.randn(100, 1, 3)
+    total = product_sum(engine, x, torch.ones(100, 1, 2), math.inf, chunk)
+    torch.testing.assert_close(total, x.double().sum(0).repeat(1, 2)[0], rtol=1e-13, atol=0)
+
+
+@both_engines
 def test_no_product_of_tiny_numbers_is_lost(engine):
     """The squares of y's numbers are 0 in float32."""
     x, y = torch.full((1, 1, 4), 1e18), torch.full((1, 1, 3), 1e-23)

@@ -228,6 +228,7 @@ REFUSED = [
      "a VQ autoencoder is not trained here"),
     (["--pretrained", "official.ckpt"], "both give a public model"),
     (["--device", "meta"], "device 'meta'"),
+    (["--device", "mps"], "mps has no float64"),
     (["--device", "abacus"], "device 'abacus'"),
     (["--no-such-flag"], "--no-such-flag"),
     (["--eps", "many"], "--eps"),

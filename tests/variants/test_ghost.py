@@ -236,6 +236,13 @@ def test_what_cancels_keeps_the_sum_s_rounding_below_its_bound():
     assert abs(total - exact) <= 4 * 2.0**-28
 
 
+def test_factors_in_bfloat16_are_multiplied_in_float32():
+    x, g = torch.rand(2, 40, 3).bfloat16(), torch.rand(2, 40, 3).bfloat16()
+    [product] = ghost.smaller_form(*ghost.per_example_layout(nn.Linear(3, 3), x, g, 2))
+    exact = (g.double().mT @ x.double()).flatten(1)
+    torch.testing.assert_close(product.double(), exact, rtol=1e-6, atol=0)
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layer", [
