@@ -1,13 +1,11 @@
-"""What do the operating system's random numbers cost a private step?
+"""How long does a private step wait for the operating system's random numbers?
 
     OMP_NUM_THREADS=1 python benchmarks/random_numbers.py
 
-Whole steps of train.py's loop, of the default preset: noise, draws and batches come from numpy's
-generator, from the system's, and from the system's with a helper thread that draws ahead. They take
---rounds turns, of which the fastest counts.
+Steps of train.py's loop, of the default preset, take noise, draws and batches from numpy's
+generator, from the system's, and from the system's with a helper thread that draws ahead.
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -25,11 +23,26 @@ from runtime.checkpoints import build_model
 from runtime.config import Config
 from runtime.noise import Ahead
 
-EXAMPLES, STEPS = 20_000, 6
+EXAMPLES, STEPS = 20_000, 10
 
 
-def seconds_per_step(new_generator: Callable) -> float:
-    """Of the private loop of the default preset, without its first step."""
+class Timed:
+    """A generator, and the seconds that its numbers have taken."""
+
+    def __init__(self, rng: object):
+        self.rng, self.seconds = rng, 0.0
+
+    def __getattr__(self, name: str) -> Callable:
+        def timed(*arguments: object, **named: object) -> np.ndarray:
+            begin = time.perf_counter()
+            numbers = getattr(self.rng, name)(*arguments, **named)
+            self.seconds += time.perf_counter() - begin
+            return numbers
+        return timed
+
+
+def waiting(new_generator: Callable) -> tuple[float, float]:
+    """(median seconds that a step waits for random numbers, median seconds of a step)."""
     config, times = Config(), []
     model = build_model(config.architecture(10)).to(config.device)
     z_0 = torch.randn(EXAMPLES, *model.vae.latent_shape, device=config.device)
@@ -38,30 +51,27 @@ def seconds_per_step(new_generator: Callable) -> float:
     plan = PrivacyPlan(EXAMPLES, config.private.expected_batch, STEPS, 1.0, 0.1, 1e-5)
     normals = plan.expected_batch * z_0[0].numel() + sum(
         model.get_parameter(name).numel() for name in names)
-    # Time goes up to the end of the loop, where the averaged weights are loaded.
+    rng = Timed(new_generator(normals))
+
+    def clock(*state: object) -> None:
+        if config.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((rng.seconds, time.perf_counter()))
+
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        train.train_private(model, z_0, labels, names, plan, config, new_generator(normals),
-                            clipped_sum=train.clipping_engine(model, z_0, labels, names, config),
-                            on_step=lambda *state: times.append(time.perf_counter()))
-    return (time.perf_counter() - times[1]) / (STEPS - 1)
+        train.train_private(model, z_0, labels, names, plan, config, rng, on_step=clock,
+                            clipped_sum=train.clipping_engine(model, z_0, labels, names, config))
+    return tuple(np.median(np.diff(times, axis=0), axis=0))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4, help="turns of all three (default 4)")
-    rounds = parser.parse_args().rounds
-    sources = {"numpy's generator": lambda count: np.random.default_rng(),
-               "the system's": lambda count: secure_generator(),
-               "the system's, drawn ahead": lambda count: Ahead(secure_generator(), count)}
-    found: dict[str, list[float]] = {name: [] for name in sources}
-    for _ in range(rounds):
-        for name, new_generator in sources.items():
-            found[name].append(seconds_per_step(new_generator))
-    least = min(found["numpy's generator"])
-    print("| random numbers | ms per step | times numpy's |\n|---|---|---|")
-    for name, seconds in found.items():
-        print(f"| {name} | {1e3 * min(seconds):,.0f} | {min(seconds) / least:.3f} |")
+    print("| random numbers | ms waited per step | ms per step | share |\n|---|---|---|---|")
+    for name, new_generator in (
+            ("numpy's generator", lambda count: np.random.default_rng()),
+            ("the system's", lambda count: secure_generator()),
+            ("the system's, drawn ahead", lambda count: Ahead(secure_generator(), count))):
+        waited, step = waiting(new_generator)
+        print(f"| {name} | {1e3 * waited:,.0f} | {1e3 * step:,.0f} | {waited / step:.1%} |")
 
 
 if __name__ == "__main__":

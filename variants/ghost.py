@@ -196,6 +196,10 @@ def weighted_grad_sum(factors: Factors, weights: torch.Tensor, shape: torch.Size
     if factors[0].dim() == 2:   # indices
         zeros = torch.zeros(shape, dtype=torch.float64, device=weights.device)
         return sum(zeros.index_add(0, x, w * g) for x, g, w in zip(*tokens))
-    if factors[0].shape[2] < factors[1].shape[2]:   # the larger one last is faster
-        return sum((w * x.double()).T @ g.double() for x, g, w in zip(*tokens)).T.reshape(shape)
-    return sum((w * g.double()).T @ x.double() for x, g, w in zip(*tokens)).reshape(shape)
+
+    def product(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return a.to(torch.float64, copy=True).mul_(w).T @ b.double()   # w * a would take longer
+
+    if factors[0].shape[2] < factors[1].shape[2]:   # the smaller one first is faster
+        return sum(product(x, g, w) for x, g, w in zip(*tokens)).T.reshape(shape)
+    return sum(product(g, x, w) for x, g, w in zip(*tokens)).reshape(shape)
