@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/random_numbers.py
 
-Steps of train.py's loop, of the default preset, take noise, draws and batches from numpy's
+Steps of train.py's loop, of the default settings, take noise, draws and batches from numpy's
 generator, from the system's, and from the system's with a helper thread that draws ahead.
 """
 
