@@ -177,12 +177,11 @@ def conditions(model: LatentDiffusion, dataset: datasets.Dataset, config: Config
 
 
 def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config: Config,
-                       saved: Path) -> LatentDiffusion:
+                       saved: Path, digest: str) -> LatentDiffusion:
     """`model` with an autoencoder: official weights, the one in `saved`, or a newly trained one."""
     if config.run.pretrained:
         official, _ = load_pretrained(config.run.pretrained, model.architecture)
         return new_class_embedder(official, None, len(dataset.classes)).to(config.device)
-    digest = fingerprint.image_digest(dataset.images)
     if saved.exists() and not config.run.overwrite:   # a stopped stage has its slower half done
         print(f"taking the autoencoder from {saved}")
         earlier, metadata = load_checkpoint(saved, "autoencoder")
@@ -215,7 +214,8 @@ def run_public(config: Config, target: Path) -> None:
           f"{num_parameters(model.unet.parameters()):,}")
     target.parent.mkdir(parents=True, exist_ok=True)   # complains now rather than after training
     local = distributed.local_batches(config)
-    model = public_autoencoder(model, dataset, local, target.with_name("autoencoder.pt"))
+    digest = fingerprint.image_digest(dataset.images)
+    model = public_autoencoder(model, dataset, local, target.with_name("autoencoder.pt"), digest)
     z_0 = encode_dataset(model, dataset.images, config.device)
     if not config.run.pretrained:   # the scale is still 1 here
         model.latent_scale.copy_(1.0 / z_0.std())
@@ -228,7 +228,7 @@ def run_public(config: Config, target: Path) -> None:
     if config.has_captions:
         model.embedder.init_unseen_bytes(dataset.captions, LOOKALIKES)
     save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config),
-                    public_digest=fingerprint.image_digest(dataset.images))
+                    public_digest=digest)
     names = list(dict.fromkeys(dataset.captions))[:10] if config.has_captions else dataset.classes
     save_samples(model, names, config, target, "public only")
     distributed.wait_for_all()   # a private stage may read what the first process has just written
