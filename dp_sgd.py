@@ -161,7 +161,7 @@ def clip_weights(norms: Iterable[torch.Tensor], size: int, C: float) -> torch.Te
     ||g_i|| is rounded up by more than a sum of so many squares can be too low. An example whose
     norm is not finite gets 0: no scale could clip it to C.
     """
-    norms = torch.stack(list(norms)).norm(dim=0) * (1 + size * 2.0**-53)
+    norms = torch.stack(list(norms)).norm(dim=0) * (1 + (size + 8) * 2.0**-53)   # 8: two roots
     return torch.where(norms.isfinite(), (C / norms).clamp(max=1.0), 0.0)   # C / 0 is inf
 
 

@@ -178,6 +178,7 @@ def ghost_norms(factors: Factors) -> torch.Tensor:
 
 
 def norms_by_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """ghost_norms [b] of x [b, T, inputs], or indices [b, T], and g float64 [b, T, outputs]."""
     if x.dim() == 2:   # indices
         products = (x[:, :, None] == x[:, None, :]) * (g @ g.mT)
     else:
