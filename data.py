@@ -15,11 +15,11 @@ from runtime.pictures import Panel, rows_by_class, save_grid
 def show(source: str, split: str, data_dir: str, image_size: int, channels: int,
          columns: int = 10) -> Panel:
     """A panel for `save_grid`: images of up to ten classes or, with captions, ten images."""
-    dataset = datasets.load(source, split, data_dir, image_size, channels)
+    dataset = datasets.load(source, split, data_dir, image_size, channels, is_public=True)
     title = f"{Path(source).stem}, {split}: {len(dataset.images):,} images"
     if dataset.captions is None:
         return title, *rows_by_class(dataset, columns)
-    return title, dataset.images[:10, None], [caption[:100] for caption in dataset.captions[:10]]
+    return title, dataset.images[:10, None], dataset.captions[:10]
 
 
 def main(argv: list[str] | None = None) -> None:

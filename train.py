@@ -160,7 +160,8 @@ def load_images(source: str, config: Config) -> datasets.Dataset:
     ValueError where captions are missing.
     """
     size, channels = config.data.image_size, config.data.channels
-    dataset = datasets.load(source, "train", config.run.data_dir, size, channels)
+    dataset = datasets.load(source, "train", config.run.data_dir, size, channels,
+                            is_public=source == config.data.public)
     if config.has_captions and dataset.captions is None:
         raise ValueError(f"{source} has no captions: give data with captions (a folder with a "
                          "metadata.jsonl), or text.length 0 for a model of classes")

@@ -18,15 +18,16 @@
                         the publisher's files in DATA_DIR/NAME
     a path              an .npz of images and labels, or a folder or zip of images. The images are
                         in class sub-folders or have captions in a metadata.jsonl, below train/
-                        and test/ or without test images
+                        and test/ or without test images. ./NAME is a folder, NAME may not be
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from datasets import download, folders, formats
+from datasets import celeba, download, folders, formats, listing
 from datasets.formats import Dataset
 from datasets.rendered import GLYPHS, RENDERED, load_rendered
 
@@ -46,32 +47,76 @@ PUBLISHED: dict[str, Callable[[Path, str, int, int], Dataset]] = {
     "cifar100": lambda folder, split, *_: formats.load_cifar(folder, split, 100),
     "imagenet32": lambda folder, split, *target: formats.load_imagenet(folder, split, 32, *target),
     "imagenet64": lambda folder, split, *target: formats.load_imagenet(folder, split, 64, *target),
-    "celeba": folders.load_celeba,
-    "celebahq": folders.load_celebahq,
+    "celeba": celeba.load_celeba,
+    "celebahq": celeba.load_celebahq,
 }
 
 
 def load(source: str, split: str, data_dir: str = "data", image_size: int = 32,
-         channels: int = 1) -> Dataset:
+         channels: int = 1, is_public: bool = False) -> Dataset:
     """The `split` ("train" or "test") of a source, at image_size x image_size, in 1 or 3 channels.
 
     Grey 28x28 images get a black border up to 32x32. Images of other sizes are resampled, other
-    channels converted, and a line is printed about it. ValueError for an unknown source and for
-    missing, damaged or mismatched files, naming the file.
+    channels converted, and a line is printed about it. Another line says how many images there are
+    and what was left out; of public ones also their sizes, and how many a class has. ValueError for
+    an unknown source, for a name that is a path too, and for missing, damaged or mismatched files,
+    naming the file.
     """
     if split not in ("train", "test") or channels not in (1, 3) or image_size < 1:
         raise ValueError(f"cannot load the split {split!r} with {channels} channels at size "
                          f"{image_size}: give train or test, 1 or 3, and a positive size")
+    name = source.partition(":")[0]
     if source in RENDERED:
+        check_no_path(source)
         dataset = load_rendered(source, split)
-    elif (name := source.partition(":")[0]) in PUBLISHED and name in (source, "celeba"):
+    elif name in PUBLISHED and name in (source, "celeba"):
+        check_no_path(name, download.folder_of(name, data_dir))
         dataset = load_published(source, split, data_dir, image_size, channels)
     else:
         dataset = load_path(source, split, image_size, channels)
+    dataset.sizes = dataset.sizes or Counter({dataset.images.shape[1:3]: len(dataset.images)})
     if source in GREY_28:
         dataset.images = with_border(dataset.images, image_size)
     dataset.images = formats.convert(dataset.images, image_size, channels, source)
+    for line in describe(source, split, dataset, is_public):
+        print(line)
     return dataset
+
+
+def check_no_path(name: str, but: Path | None = None) -> None:
+    """ValueError if the name of a set is that of a file or folder here too, other than `but`."""
+    path = Path(name)
+    if path.exists() and not (but and but.exists() and path.samefile(but)):
+        raise ValueError(f"{name} is a set of this program, and a path here: give ./{name} for the "
+                         f"path, or rename it")
+
+
+def describe(source: str, split: str, dataset: Dataset, is_public: bool) -> Iterator[str]:
+    """The lines that are printed once images are loaded.
+
+    How many a class has, and their sizes, would tell of private images. That a class has none is
+    said: no run can learn it.
+    """
+    name = (Path(source).name or source) + (" (test)" if split == "test" else "")
+    counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
+    left_out = listing.in_words(dataset.left_out)
+    yield (f"{name}: {plural(len(dataset.images), 'image')}, "
+           f"{plural(len(dataset.classes), 'class', 'es')}"
+           + (f"; left out: {left_out}" if left_out else ""))
+    if missing := [dataset.classes[k] for k in np.flatnonzero(counts == 0)]:
+        rest = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+        yield f"{name}: no image of {', '.join(missing[:5])}{rest} for {split}"
+    if is_public:
+        smallest, largest = (how(dataset.sizes, key=lambda size: size[0] * size[1])
+                             for how in (min, max))
+        sizes = " to ".join(f"{height}x{width}" for height, width in
+                            dict.fromkeys((smallest, largest)))
+        numbers = " to ".join(f"{count:,}" for count in dict.fromkeys((counts.min(), counts.max())))
+        yield f"{name}: {numbers} of each class; {sizes} pixels"
+
+
+def plural(count: int, word: str, ending: str = "s") -> str:
+    return f"{count:,} {word}{'' if count == 1 else ending}"
 
 
 def load_published(source: str, split: str, data_dir: str, image_size: int,
@@ -88,7 +133,7 @@ def load_published(source: str, split: str, data_dir: str, image_size: int,
 def load_path(source: str, split: str, image_size: int, channels: int) -> Dataset:
     """An .npz, a folder or a zip. ValueError if there is none of this path."""
     path = Path(source)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         return formats.load_npz(path, split)
     if path.exists():
         return folders.load_folder(path, split, image_size, channels)

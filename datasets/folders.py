@@ -1,129 +1,156 @@
-"""Pictures in folders and zips: by class, with captions, or with the attributes of CelebA.
+"""Pictures in folders and zips, by class or with captions.
 
-Every picture is decoded and converted on its own; only uint8 stays in memory. A damaged picture is
-refused by name.
+listing.py decides what is an image of what. Every picture is decoded and converted on its own; only
+uint8 stays in memory. A damaged picture is refused by name.
 """
 
 import io
 import json
 import posixpath
-import re
-import zipfile
+import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import PIL
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from datasets import listing
 from datasets.formats import COLOURS, Dataset, convert_one
+from datasets.listing import LeftOut
+from datasets.trees import Tree, open_tree
 from runtime.distributed import log_once
 from runtime.files import UNREADABLE
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+warnings.filterwarnings("ignore", "Corrupt EXIF data")   # `upright` ignores it
 # What Pillow and zipfile raise besides: bombs, passwords, damaged chunks.
 BAD_PICTURE = (*UNREADABLE, Image.DecompressionBombError, RuntimeError, SyntaxError)
 
 
-@dataclass
-class Tree:
-    """All files below a folder or in a zip, without hidden ones."""
-    root: Path
-    names: list[str]                 # paths below the root, sorted
-    read: Callable[[str], bytes]     # the content of one of them
+# ---- pictures ----------------------------------------------------------------------------------
 
-    def lines(self, name: str) -> list[str]:
-        """A text file's lines, in UTF-8. ValueError naming it if it is damaged."""
-        try:
-            return self.read(name).decode("utf-8").split("\n")
-        except (*UNREADABLE, RuntimeError) as error:
-            raise ValueError(f"cannot read {name} of {self.root}: {error}") from error
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
 
-def open_tree(root: Path) -> Tree:
-    """The files of a folder or a zip. ValueError naming it if it is neither."""
-    def read_file(name: str) -> bytes:
-        return (root / name).read_bytes()
-
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says. Damaged EXIF says nothing: the pixels are sound."""
     try:
-        if root.is_file():
-            archive = zipfile.ZipFile(root)
-            names, read = archive.namelist(), archive.read
-        else:
-            names = [path.relative_to(root).as_posix() for path in root.rglob("*")]
-            read = read_file
-    except UNREADABLE as error:
-        raise ValueError(f"{root} is no readable folder or zip: {error}") from error
-    shown = {name for name in names if not re.search(r"(^|/)\.", name)}   # a zip may repeat names
-    return Tree(root, sorted(shown), read)
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except BAD_PICTURE:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 0 to 65535, as 0 to 255. ValueError for more bits and for fractions."""
+    if image.mode[0] not in "IF":
+        return image
+    # Pillow has 16 bits of a PNG or PGM as 32. Others may mean any range.
+    if not image.mode.startswith("I;16") and (image.mode, image.format) not in (
+            ("I", "PNG"), ("I", "PPM")):
+        raise ValueError("its grey has more than 16 bits, or fractions: save it in 8 or 16 bits")
+    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Transparent images on a white ground; others as they are."""
+    if not image.has_transparency_data:
+        return image
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image.convert("RGBA"))
+    return ground
 
 
 def read_images(tree: Tree, files: list[str], image_size: int, channels: int,
-                crop: bool = False) -> np.ndarray:
+                crop: bool = False) -> tuple[np.ndarray, Counter, Counter]:
     """The named pictures as uint8 [N, image_size, image_size, channels].
 
-    ValueError naming a picture that is damaged, has more than 8 bits per channel or stands there
-    twice: it would count twice, but privacy is promised for one example.
+    Also their sizes before that, {(height, width): number}, and what was left out of them. Of
+    several frames the first is taken. ValueError naming a picture that is damaged, or that stands
+    there twice: it would count twice, but privacy is promised for one example.
     """
     name, count = Counter(files).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{tree.root} names the image {name} {count} times")
     images = np.empty((len(files), image_size, image_size, channels), np.uint8)
+    sizes, frames = Counter(), 0
     progress = tqdm(files, desc=f"reading {tree.root.name}", disable=len(files) < 2_000)
     for i, name in enumerate(progress):
+        content = tree.read(name)
         try:
-            with Image.open(io.BytesIO(tree.read(name))) as image:
-                if image.mode[0] in "IF":   # converting would clip 16 and 32 bits to white
-                    raise ValueError("it has more than 8 bits per channel")
-                right_size = image.size == (image_size, image_size)
-                if not right_size or (image.mode == "L") != (channels == 1):
-                    log_once(f"{tree.root.name}: images of other sizes or colours are converted to "
-                             f"{image_size}x{image_size} in {COLOURS[channels]}")
-                upright = ImageOps.exif_transpose(image)
-                images[i] = convert_one(upright, image_size, channels, crop)
+            with Image.open(io.BytesIO(content)) as image:
+                stored = image.mode
+                picture = upright(image)
+                sizes[picture.height, picture.width] += 1
+                frames += getattr(image, "n_frames", 1) - 1
+                images[i] = convert_one(on_white(eight_bits(picture)), image_size, channels, crop)
         except BAD_PICTURE as error:
-            raise ValueError(f"cannot read the image {name} of {tree.root}: {error}") from error
-    return images
+            reason = (f"Pillow {PIL.__version__} cannot tell its format"
+                      if isinstance(error, UnidentifiedImageError) else error)
+            raise ValueError(f"cannot read the image {name} of {tree.root}: {reason}") from error
+        say_conversion(tree.root.name, stored, picture.size, image_size, channels)
+    return images, sizes, Counter({"further frame{s}": frames} if frames else {})
 
 
-def is_of_split(names: list[str], split: str, depth: int) -> list[bool]:
-    """Which files are of the split: those below a folder of its name.
-
-    Without such folders all are for training; training images are never used for testing. depth:
-    how many of the last parts of a path do not count: 1 for the file, 2 for its class too.
-    """
-    folders = [set(Path(name).parts[:-depth]) for name in names]
-    if split == "test" or any({"train", "test"} & f for f in folders):
-        return [split in f for f in folders]
-    return [True] * len(names)
+def say_conversion(name: str, mode: str, size: tuple[int, int], image_size: int,
+                   channels: int) -> None:
+    """A line if a picture of that mode and size had to be converted: one for the whole set."""
+    if size != (image_size, image_size) or (mode == "L") != (channels == 1):
+        log_once(f"{name}: images of other sizes or colours are converted to "
+                 f"{image_size}x{image_size} in {COLOURS[channels]}")
+    if mode[0] == "I":
+        log_once(f"{name}: grey of 16 bits, 0 to 65535, becomes 0 to 255")
 
 
 def load_folder(root: Path, split: str, image_size: int, channels: int) -> Dataset:
-    """Pictures in a folder or a zip, with captions or in class sub-folders.
+    """Pictures in a folder or a zip, with captions or by class (listing.list_classes).
 
     `read_metadata` and `read_captions` say where captions stand. The names of the classes are taken
     to be public, also where the images are private.
     """
     tree = open_tree(root)
-    if metadata := [name for name in tree.names if Path(name).name == "metadata.jsonl"]:
-        return load_captioned(tree, read_metadata(tree, metadata), split, image_size, channels)
-    if texts := [name for name in tree.names if Path(name).match("celeba-caption/*.txt")]:
-        return load_captioned(tree, read_captions(tree, texts), split, image_size, channels)
-    files = [name for name in tree.names if "/" in name and name.lower().endswith(PICTURES)]
+    shown, _ = listing.visible(tree.names)
+    if metadata := [name for name in shown if Path(name).name == "metadata.jsonl"]:
+        return load_captioned(tree, read_metadata(tree, metadata), split, image_size, channels,
+                              metadata, "image{s} that metadata.jsonl does not name")
+    if texts := [name for name in shown if Path(name).match("celeba-caption/*.txt")]:
+        return load_captioned(tree, read_captions(tree, texts), split, image_size, channels,
+                              texts, "image{s} without caption")
+    name = root.stem if root.is_file() else root.resolve().name
+    try:
+        found = listing.list_classes(tree.names, name)
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from error
     # The classes of all splits, so that the labels agree.
-    classes = sorted({Path(name).parent.name for name in files})
-    if classes and {*classes} <= {"train", "test"}:
-        raise ValueError(f"{root} has its images directly in {' and '.join(classes)}: put each "
-                         "class's into a folder of its own there, or add a metadata.jsonl")
-    wanted = is_of_split(files, split, depth=2)
-    files = [name for name, is_wanted in zip(files, wanted, strict=True) if is_wanted]
-    if not files:
-        raise ValueError(f"{root} holds no class sub-folders with images for {split}")
-    labels = np.array([classes.index(Path(name).parent.name) for name in files])
-    return Dataset(read_images(tree, files, image_size, channels), labels, classes)
+    classes = sorted({image.label for image in found.images})
+    chosen = [image for image in found.images if image.split == split]
+    left_out = left_out_of(tree, found.left_out, [image.split for image in found.images], split)
+    labels = np.array([classes.index(image.label) for image in chosen])
+    images, sizes, frames = read_images(tree, [image.file for image in chosen], image_size,
+                                        channels)
+    return Dataset(images, labels, classes, None, left_out + frames, sizes)
+
+
+def left_out_of(tree: Tree, left_out: LeftOut, splits: Iterable[str], split: str) -> Counter:
+    """{reason: number of files or folders}, with the other split's images.
+
+    ValueError if that leaves no image of the split.
+    """
+    counts = Counter(reason for _, reason in (*tree.left_out, *left_out))
+    other = {"train": "test", "test": "train"}[split]
+    splits = Counter(splits)
+    if splits[other]:
+        counts[f"{other} image{{s}}"] = splits[other]
+    if not splits[split]:
+        rest = f"; it holds {listing.in_words(counts)}" if counts else ""
+        raise ValueError(f"{tree.root} holds no images for {split}{rest}")
+    return counts
 
 
 # ---- captions ----------------------------------------------------------------------------------
@@ -149,7 +176,8 @@ def read_metadata(tree: Tree, files: list[str]) -> list[Record]:
                 here = f"line {number} of {tree.root / file}"
                 try:
                     record = parse_metadata(line)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                except (ValueError, KeyError, TypeError, AttributeError,
+                        RecursionError) as error:
                     raise ValueError(f"{here} is no line of metadata: {error}") from error
                 place = posixpath.normpath(Path(file).parent / record.file)
                 if place in lines:
@@ -182,7 +210,7 @@ def read_captions(tree: Tree, texts: list[str]) -> list[Record]:
 
     A text file has ten captions; the first is taken.
     """
-    pictures = [Path(name) for name in tree.names if name.lower().endswith(PICTURES)]
+    pictures = [Path(name) for name in listing.visible(tree.names)[0] if listing.is_picture(name)]
     images = {path.stem: path.as_posix() for path in pictures
               if path.parent.name in ("CelebA-HQ-img", "images")}
     records = []
@@ -194,91 +222,23 @@ def read_captions(tree: Tree, texts: list[str]) -> list[Record]:
     return records
 
 
-def load_captioned(tree: Tree, records: list[Record], split: str, image_size: int,
-                   channels: int) -> Dataset:
-    """The central squares of the records' pictures; labels are zeros where the set has none."""
+def load_captioned(tree: Tree, records: list[Record], split: str, image_size: int, channels: int,
+                   lists: list[str], reason: str) -> Dataset:
+    """The central squares of the records' pictures; labels are zeros where the set has none.
+
+    lists: the files that name them. reason: why other pictures are left out.
+    """
     values = {record.label for record in records}   # of all splits, so that the labels agree
     classes = ["image"] if None in values else [str(value) for value in sorted(values)]
-    wanted = is_of_split([record.file for record in records], split, depth=1)
-    chosen = [record for record, is_wanted in zip(records, wanted, strict=True) if is_wanted]
-    if not chosen:
-        raise ValueError(f"{tree.root} names no images for {split}: a set with test images has "
-                         "them below test/")
+    try:
+        splits, rest = listing.list_named(tree.names, [record.file for record in records], lists,
+                                          reason)
+    except ValueError as error:
+        raise ValueError(f"{tree.root}: {error}") from error
+    left_out = left_out_of(tree, rest, splits, split)
+    chosen = [record for record, its in zip(records, splits, strict=True) if its == split]
     files, captions, labels = (list(column) for column in zip(*chosen, strict=True))
     numbers = [0 if label is None else classes.index(str(label)) for label in labels]
-    images = read_images(tree, files, image_size, channels, crop=True)
-    return Dataset(images, np.array(numbers), classes, None if captions[0] is None else captions)
-
-
-# ---- CelebA ------------------------------------------------------------------------------------
-
-def load_celeba(folder: Path, split: str, image_size: int, channels: int,
-                attribute: str = "Male") -> Dataset:
-    """CelebA (Liu et al. 2015), aligned and cropped: the central squares, in two classes.
-
-    One of 40 attributes decides the class. ValueError naming a file that is missing or damaged.
-    """
-    faces = folder / "img_align_celeba"
-    root = faces if faces.exists() else faces.with_suffix(".zip")
-    attributes = folder / "list_attr_celeba.txt"
-    if not root.exists() or not attributes.is_file():
-        raise ValueError(f"{folder} must hold img_align_celeba (or its .zip) and "
-                         "list_attr_celeba.txt: `python data.py --get celeba` says where to get "
-                         "them")
-    labels = read_attribute(attributes, attribute)
-    partition = folder / "list_eval_partition.txt"
-    files = read_partition(partition, split)
-    if files is None:
-        log_once(f"{partition} is missing: all images are taken for training, also the official "
-                 "test set")
-        files = list(labels)
-    unknown = [name for name in files if name not in labels]
-    if unknown or not files:
-        what = unknown[0] if unknown else "any image"
-        raise ValueError(f"{folder}: {partition.name} and {attributes.name} do not agree on {what}")
-    tree = open_tree(root)
-    places = {Path(name).name: name for name in tree.names}
-    images = read_images(tree, [places.get(name, name) for name in files], image_size, channels,
-                         crop=True)
-    numbers = np.array([labels[name] for name in files])
-    return Dataset(images, numbers, [f"not {attribute}", attribute])
-
-
-def read_rows(path: Path) -> list[list[str]]:
-    """The words of each line."""
-    return [line.split() for line in path.read_text("ascii", "replace").splitlines()]
-
-
-def read_attribute(path: Path, attribute: str) -> dict[str, int]:
-    """0 or 1 for each picture's name, from list_attr_celeba.txt: a count, names, 1 or -1 each."""
-    rows = read_rows(path)
-    attributes = rows[1] if len(rows) > 1 else []
-    if attribute not in attributes:
-        raise ValueError(f"{path} has no attribute {attribute!r} but {', '.join(attributes)}")
-    column = attributes.index(attribute) + 1
-    try:
-        return {row[0]: {"1": 1, "-1": 0}[row[column]] for row in rows[2:] if row}
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def read_partition(path: Path, split: str) -> list[str] | None:
-    """The pictures of the split, from list_eval_partition.txt: 0 is train, 2 is test.
-
-    1, validation, goes unused. None if there is no such file, which makes all images training
-    images; ValueError if test images are asked for then.
-    """
-    if path.is_file():
-        code = {"train": "0", "test": "2"}[split]
-        return [row[0] for row in read_rows(path) if row[1:] == [code]]
-    if split == "test":
-        raise ValueError(f"{path} is missing: without it all images of CelebA are for training")
-    return None
-
-
-def load_celebahq(folder: Path, split: str, image_size: int, channels: int) -> Dataset:
-    """CelebA-HQ with captions, as published or with a metadata.jsonl."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is missing: `python data.py --get celebahq` says where to get "
-                         "its files")
-    return load_folder(folder, split, image_size, channels)
+    images, sizes, frames = read_images(tree, files, image_size, channels, crop=True)
+    return Dataset(images, np.array(numbers), classes, None if captions[0] is None else captions,
+                   left_out + frames, sizes)

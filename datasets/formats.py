@@ -5,12 +5,14 @@ colours are converted one by one. Damaged files are refused by name.
 """
 
 import gzip
+import io
 import string
 import struct
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from runtime.distributed import log_once
 from runtime.files import UNREADABLE, array_names, read_arrays
 
 COLOURS = {1: "grey", 3: "colour"}
+LARGEST = 2**28   # bytes that one file of an archive or folder may have, unpacked
 DIGITS = list(string.digits)
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
            "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -34,6 +37,8 @@ class Dataset:
     labels: np.ndarray                  # int64 [N]
     classes: list[str]                  # the name of each label
     captions: list[str] | None = None   # a sentence for each image
+    left_out: Counter = field(default_factory=Counter)   # {reason as in listing.py: number}
+    sizes: Counter = field(default_factory=Counter)      # {(height, width), upright: number}
 
     def __post_init__(self) -> None:
         for name in ("labels", "captions"):
@@ -83,10 +88,12 @@ def convert(images: np.ndarray, image_size: int, channels: int, name: str) -> np
 def load_npz(path: Path, split: str) -> Dataset:
     """An .npz of uint8 `images` [N, H, W] or [N, H, W, C] and integer `labels`, for training.
 
-    With test images it holds train_images, train_labels, test_images and test_labels. The largest
-    label of both splits decides how many classes there are.
+    With test images it holds train_images, train_labels, test_images and test_labels. `classes` may
+    name the labels from 0 up. Without it they count from 0 or 1, none is left out in both splits
+    together, and their numbers are the names. Other arrays are left out.
     """
-    with_splits = "test_images" in array_names(path)
+    names = array_names(path)
+    with_splits = "test_images" in names
     if split == "test" and not with_splits:
         raise ValueError(f"{path} has no test_images and test_labels: "
                          "its images are all for training")
@@ -101,9 +108,15 @@ def load_npz(path: Path, split: str) -> Dataset:
                          "give uint8 [N, H, W] or [N, H, W, 1 or 3]")
     for array in arrays:
         check_labels(path, array)
-    largest = max(int(array.max()) for array in arrays)
-    classes = [str(k) for k in range(largest + 1)]
-    return Dataset(images, labels[chosen].reshape(-1).astype(np.int64), classes)
+    named = read_arrays(path, ["classes"])[0].tolist() if "classes" in names else None
+    first, classes = name_classes(path, arrays, named)
+    used = {"classes", *(f"{prefix}{part}" for prefix in prefixes for part in ("images", "labels"))}
+    left_out = Counter({"other array{s}": len({*names} - used)})
+    if with_splits:
+        other = {"train": "test", "test": "train"}[split]
+        left_out[f"{other} image{{s}}"] = len(labels[f"{other}_"])
+    numbers = labels[chosen].reshape(-1).astype(np.int64) - first
+    return Dataset(images, numbers, classes, None, +left_out)
 
 
 def check_labels(path: Path, labels: np.ndarray) -> None:
@@ -112,6 +125,27 @@ def check_labels(path: Path, labels: np.ndarray) -> None:
     if not is_column or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(f"the labels of {path} are {labels.dtype} {labels.shape}: "
                          "give integers [N] from 0 up")
+
+
+def name_classes(path: Path, arrays: list[np.ndarray],
+                 named: list | None) -> tuple[int, list[str]]:
+    """(the first class's label, the names of all), from the labels of all splits.
+
+    named: the file's own names. ValueError if some label has no name or no image: a number such as
+    255 may mean "no label", and would be a class.
+    """
+    labels = sorted({label for array in arrays for label in np.unique(array).tolist()})
+    first, last = labels[0], labels[-1]
+    if named is None and (first > 1 or last - first >= len(labels)):
+        raise ValueError(f"the labels of {path} are {len(labels)} numbers from {first} to {last}: "
+                         "count from 0 or 1 without gaps, or name all classes in `classes`")
+    if named is None:
+        return first, [str(label) for label in labels]
+    strings = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    if not strings or len({*named}) != len(named) or last >= len(named):
+        raise ValueError(f"`classes` of {path} must be {last + 1} or more different strings, the "
+                         "names of the labels from 0 up")
+    return 0, named
 
 
 # ---- IDX: MNIST, Fashion-MNIST, EMNIST ---------------------------------------------------------
@@ -124,7 +158,10 @@ def read_idx(path: Path, content: bytes | None = None) -> np.ndarray:
     """
     try:
         content = path.read_bytes() if content is None else content
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        if path.suffix == ".gz":
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(LARGEST + 1)
+            check_size(len(content))
         zeros, kind, rank = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{rank}I", content, 4)
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
@@ -223,14 +260,31 @@ def read_members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
 def members_of_zip(path: Path, names: list[str]) -> dict[str, bytes]:
     """The named files of a zip, as many as it has."""
     with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in names if name in archive.namelist()}
+        return {name: read_member(archive, archive.getinfo(name)) for name in names
+                if name in archive.namelist()}
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """The content of one file of a zip. ValueError if it is large."""
+    check_size(member.file_size)
+    with archive.open(member) as file:
+        return file.read(member.file_size)   # not more than it says
+
+
+def check_size(size: int) -> None:
+    """ValueError for a file of so many bytes, unpacked: a zip of a few kB can hold gigabytes."""
+    if size > LARGEST:
+        raise ValueError(f"a file in it has more than {LARGEST:,} bytes")
 
 
 def members_of_tar(path: Path, names: list[str]) -> dict[str, bytes]:
     """The named files of a .tar.gz, as many as it has."""
     with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-        found = {member.name: archive.extractfile(member).read()
-                 for member in archive if member.name in names and member.isfile()}
+        found = {}
+        for member in archive:
+            if member.name in names and member.isfile():
+                check_size(member.size)
+                found[member.name] = archive.extractfile(member).read()
         while stream.read(1 << 20):   # to the end, where gzip has its checksum
             pass
     return found

@@ -37,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mechanism", default="correct code",
                      choices=[*audit.MECHANISMS, SHUFFLING, PHYSICAL_RATE, PUBLISHED_SEED],
                      help="put a broken copy of the private step (audit.py) under the tests")
+    parser.addoption("--trees", type=int, default=200,
+                     help="random trees of files to load (tests/datasets/test_random_trees.py)")
 
 
 @pytest.fixture

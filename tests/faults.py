@@ -503,9 +503,6 @@ FILES = [
     fault("a resumed run may have other images", "runtime/fingerprint.py",
           "if keyed_digest(key, dataset) != digest:", "if False:",
           "runtime/test_fingerprint.py::test_a_resumed_run_has_the_images_it_began_with"),
-    fault("an image named twice counts twice", "datasets/folders.py",
-          "if place in lines:", "if False:",
-          "datasets/test_folders.py::test_an_image_named_twice_is_refused_by_lines"),
     fault("only Ctrl-C saves", "runtime/cli.py",
           "(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)", "(signal.SIGINT,)",
           "runtime/test_stopping.py::test_a_signal_ends_the_step_and_saves"),
@@ -514,7 +511,32 @@ FILES = [
           "runtime/test_runs.py::test_weights_that_are_not_finite_are_not_saved"),
 ]
 
-FAULTS = CLIPPING + NOISE + SAMPLING + LEAKS + LEDGER + RESUMING + NUMBERS + PROCESSES + FILES
+IMAGES = [
+    fault("an image named twice counts twice", "datasets/folders.py",
+          "if place in lines:", "if False:",
+          "datasets/test_folders.py::test_an_image_named_twice_is_refused_by_lines"),
+    fault("an image that two links lead to counts twice", "datasets/trees.py",
+          "elif places.setdefault(real, name) != name and listing.is_picture(name):",
+          "elif False:",
+          "datasets/test_trees.py::test_an_image_that_two_links_lead_to_is_refused"),
+    fault("test images below Test/ are trained on", "datasets/listing.py",
+          "SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS",
+          "SPLITS[folder] for folder in folders if folder in SPLITS",
+          "datasets/test_listing.py::test_every_file_is_an_image_or_left_out"),
+    fault("validation images are trained on", "datasets/listing.py",
+          'found[folder] = f"of {folder}"', 'found[folder] = "train"',
+          "datasets/test_listing.py::test_every_file_is_an_image_or_left_out"),
+    fault("numbers of private images are said", "datasets/__init__.py",
+          "    if is_public:", "    if True:",
+          "datasets/test_load.py::test_numbers_and_sizes_are_said_of_public_images_only"),
+    fault("what is left out is not said", "datasets/folders.py",
+          "counts = Counter(reason for _, reason in (*tree.left_out, *left_out))",
+          "counts = Counter()",
+          "datasets/test_random_trees.py::test_no_file_of_a_random_tree_is_lost"),
+]
+
+FAULTS = (CLIPPING + NOISE + SAMPLING + LEAKS + LEDGER + RESUMING + NUMBERS + PROCESSES + FILES
+          + IMAGES)
 
 
 # ---- trying them -------------------------------------------------------------------------------

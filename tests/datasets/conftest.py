@@ -7,6 +7,13 @@ import pytest
 from small_files import write, zipped
 
 from datasets import rendered
+from runtime.distributed import log_once
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    """Every test hears what is said once."""
+    log_once.cache_clear()
 
 
 @pytest.fixture

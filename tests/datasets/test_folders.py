@@ -1,16 +1,15 @@
 """Pictures in folders and zips: classes, captions, CelebA; damaged pictures are refused by name."""
 
+import io
 import struct
-import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from small_files import encoded, metadata, peak_memory, plain, write, zipped
 
-from datasets import Dataset, folders, load
+from datasets import Dataset, load
 
 FLAT = {"dog/b.png": plain(40), "cat/a.png": plain(10), "dog/a.png": plain(30),
         "ant/x.bmp": plain(5, kind="BMP")}
@@ -46,7 +45,7 @@ def test_train_and_test_folders(tree, top):
 def test_training_images_are_never_used_for_testing(tree, top):
     source = tree({f"{top}{name}": content for name, content in FLAT.items()})
     assert len(load(source, "train", image_size=8).images) == len(FLAT)
-    with pytest.raises(ValueError, match="no class sub-folders with images for test"):
+    with pytest.raises(ValueError, match="no images for test; it holds 4 train images"):
         load(source, "test")
 
 
@@ -92,19 +91,22 @@ def bomb() -> bytes:
     return bytes(content)
 
 
-DEEP = encoded(np.full((8, 8), 40_000, np.uint16))   # 16 bits
-NO_CLASSES, NO_FOLDERS = "holds no class sub-folders", "images directly in .*train: put"
 REFUSED = {
     "an empty picture": ({**FLAT, "cat/broken.jpg": b""}, "cat/broken.jpg"),
-    "text": ({**FLAT, "cat/broken.jpg": b"no image"}, "cat/broken.jpg"),
+    "text": ({**FLAT, "cat/broken.jpg": b"no image"}, "broken.jpg .*Pillow .* cannot tell its"),
     "half a picture": ({**FLAT, "cat/broken.jpg": plain(3, (64, 64), "JPEG")[:-100]},
                        "cat/broken.jpg"),
     "a bomb": ({**FLAT, "cat/broken.png": bomb()}, "cat/broken.png"),
-    "16 bits": ({**FLAT, "dog/deep.png": DEEP}, "deep.png .*more than 8 bits"),
-    "no image": ({"readme.txt": b"text", "a/readme.txt": b"text"}, NO_CLASSES),
-    "no sub-folder": ({"top.png": plain(1)}, NO_CLASSES),
-    "splits without classes": ({"train/0.png": plain(1), "test/0.png": plain(1)}, NO_FOLDERS),
-    "a split without classes": ({"train/0.png": plain(1)}, NO_FOLDERS),
+    "fractions": ({**FLAT, "dog/deep.tif": encoded(np.ones((8, 8), np.float32), "TIFF")},
+                  "deep.tif .*more than 16 bits, or fractions"),
+    "32 bits": ({**FLAT, "dog/deep.tif": encoded(np.ones((8, 8), np.int32), "TIFF")},
+                "deep.tif .*more than 16 bits, or fractions"),
+    "no image": ({"a/readme.txt": b"text"}, "no images for train; it holds 1 .txt, 1 folder"),
+    "a split below classes": ({**FLAT, "cat/test/0.png": plain(1)},
+                              "images(.zip)?: cat/test/0.png: test/ must stand above"),
+    "metadata in no split": ({"train/0.png": plain(1), "1.png": plain(1), "metadata.jsonl":
+                              metadata({"file_name": "train/0.png"}, {"file_name": "1.png"})},
+                             "images(.zip)?: 1.png lies in neither"),
 }
 
 
@@ -115,21 +117,68 @@ def test_other_folders_and_pictures_are_refused(tree, case):
         load(tree(files), "train", image_size=8)
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_damaged_zip_is_refused(tmp_path, method):
-    path = tmp_path / "images.zip"
-    noise = np.random.default_rng(0).integers(0, 4, (32, 32), np.uint8)
-    content = zipped({"a/0.bmp": encoded(noise, "BMP")}, method)   # zipping compresses a BMP
-    for position in range(50, 450, 20):
-        path.write_bytes(content[:position] + b"\xff" * 8 + content[position + 8:])
-        with pytest.raises(ValueError, match="a/0.bmp"):
-            load(str(path), "train")
-    directory = content.rindex(b"PK\1\2")   # where "needs version 25.3 to extract" can stand
-    newer = content[:directory + 6] + b"\xfd" + content[directory + 7:]
-    for bad in (newer, b"not a zip"):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match="images.zip is no readable folder or zip"):
-            load(str(path), "train")
+# ---- what an image looks like ------------------------------------------------------------------
+
+def drawing(mode: str) -> bytes:
+    """Black ink on the upper half; the lower half is transparent, and black underneath."""
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (0, 0, 8, 4))
+    if mode == "P":
+        picture = picture.quantize(4)
+    file = io.BytesIO()
+    picture.convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def transparent_colour(mode: str) -> bytes:
+    """A PNG of black and grey whose grey is said to be transparent (tRNS)."""
+    picture, file = Image.new(mode, (8, 8), "black"), io.BytesIO()
+    picture.paste("grey", (0, 4, 8, 8))
+    picture.save(file, "PNG", transparency=128 if mode == "L" else (128, 128, 128))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [*map(drawing, ("RGBA", "LA", "P")),
+                                     *map(transparent_colour, ("L", "RGB"))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparent_images_lie_on_white(tree, content, channels):
+    image = load(tree({"a/0.png": content}), "train", image_size=8, channels=channels).images[0]
+    assert image[:4].max() == 0 and image[4:].min() == 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_grey_of_16_bits_is_scaled(tree, kind, capsys):
+    values = np.array([[0, 257, 40_000, 65_535]] * 4, np.uint16)
+    found = load(tree({"a/0.png": encoded(values, kind)}), "train", image_size=4).images[0, 0, :, 0]
+    assert np.abs(found - np.array([0, 1, 40_000 / 257, 255])).max() <= 0.5
+    assert "grey of 16 bits, 0 to 65535, becomes 0 to 255" in capsys.readouterr().out
+
+
+def with_exif(orientation: int, damage: str) -> bytes:
+    """A JPEG whose upper half is white, with an EXIF that holds a tag of an odd type, or is cut."""
+    tags = (b"II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIf", 0x10F, 11, 1, 1.5)
+            + struct.pack("<HHIHHI", 0x112, 3, 1, orientation, 0, 0))
+    picture = np.zeros((32, 32), np.uint8)
+    picture[:16] = 255
+    content = tags if damage == "odd type" else tags[:damage == "cut" and 9]
+    return encoded(picture, "JPEG", exif=b"Exif\0\0" + content)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("damage, right_half", [("odd type", True), ("cut", False),
+                                                ("none", False)])
+def test_odd_exif_spoils_no_image(tree, damage, right_half):
+    source = tree({"a/0.jpg": with_exif(6, damage)})   # 6: to be turned clockwise
+    image = load(source, "train", image_size=32).images[0, ..., 0]
+    white = image[:, 18:] if right_half else image[:14]
+    assert white.min() > 200 and image.mean() < 140
+
+
+def test_further_frames_are_left_out(tree):
+    frames, file = [Image.new("L", (8, 8), 50 * k) for k in range(4)], io.BytesIO()
+    frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:])
+    dataset = load(tree({"a/0.tif": file.getvalue(), "a/1.png": plain(9)}), "train", image_size=8)
+    assert grey_levels(dataset) == [0, 9] and dataset.left_out == {"further frame{s}": 3}
 
 
 # ---- captions ----------------------------------------------------------------------------------
@@ -142,7 +191,8 @@ def test_captions_come_with_their_images(tree):
     dataset = load(source, "train", image_size=8)
     assert grey_levels(dataset) == [20, 10] and dataset.captions == [text, "night"]
     assert dataset.labels.tolist() == [0, 0] and dataset.classes == ["image"]
-    with pytest.raises(ValueError, match="names no images for test"):
+    assert dataset.left_out == {"image{s} that metadata.jsonl does not name": 1}
+    with pytest.raises(ValueError, match="no images for test; it holds 2 train images"):
         load(source, "test", image_size=8)
 
 
@@ -179,6 +229,8 @@ def test_labels_with_and_without_captions(tree, labels, classes, text):
 @pytest.mark.parametrize("line, complaint", [
     (b"not json", "line 2 of .*metadata.jsonl"),
     (b"[1]", "line 2 of"),
+    (b"[" * 100_000, "line 2 of .*recursion"),
+    (b'{"file_name": "\\u0000.png", "text": "x"}', "cannot read \0.png"),
     (b'{"text": "x"}', "line 2 of"),
     (b'{"file_name": 3}', "line 2 of"),
     (b'{"file_name": "0.png", "text": 4}', "line 2 of"),
@@ -189,7 +241,7 @@ def test_labels_with_and_without_captions(tree, labels, classes, text):
     (b'{"file_name": "../0.png", "text": "x"}', "line 2 of .*../0.png is outside its folder"),
     (b'{"file_name": "a/../../0.png", "text": "x"}', "line 2 of .*is outside its folder"),
     (b'{"file_name": "/0.png", "text": "x"}', "line 2 of .*/0.png is outside its folder"),
-    (b'{"file_name": "1.png", "text": "x"}', "cannot read the image 1.png"),
+    (b'{"file_name": "1.png", "text": "x"}', "cannot read 1.png .*: there is none"),
 ])
 def test_damaged_metadata_is_refused_by_line(tree, line, complaint):
     first = metadata({"file_name": "0.png", "text": "x"})
@@ -212,115 +264,9 @@ def test_an_image_named_in_two_files_is_refused(tree):
         load(tree(files), "train", image_size=8)
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_zip_that_repeats_a_name_has_one_image(tmp_path):
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for name in ("a/0.png", "a/1.png", "a/0.png"):
-            archive.writestr(name, plain(1))
-    assert len(load(str(tmp_path / "images.zip"), "train", image_size=8).images) == 2
-
-
 def test_damaged_captions_in_a_zip_are_named(tmp_path):
     content = zipped({"0.png": plain(1),
                       "metadata.jsonl": metadata({"file_name": "0.png", "text": "a sofa"})})
     (tmp_path / "images.zip").write_bytes(content.replace(b"sofa", b"soda"))
     with pytest.raises(ValueError, match="cannot read metadata.jsonl of .*images.zip"):
         load(str(tmp_path / "images.zip"), "train", image_size=8)
-
-
-# ---- CelebA ------------------------------------------------------------------------------------
-
-ATTRIBUTES = ("4\nEyeglasses Male Smiling \n000001.jpg -1  1 -1\n000002.jpg  1 -1 -1\n"
-              "000003.jpg -1 -1  1\n000004.jpg -1  1  1\n")
-PARTITION = "000001.jpg 0\n000002.jpg 0\n000003.jpg 1\n000004.jpg 2\n"
-
-
-def face(level: int) -> bytes:
-    """218 high and 178 wide; white above and below the central square, in blocks of JPEG."""
-    picture = np.full((218, 178, 3), 255, np.uint8)
-    picture[16:200] = level
-    return encoded(picture, "JPEG")
-
-
-FACES = {f"img_align_celeba/00000{k}.jpg": face(level)
-         for k, level in enumerate((10, 80, 150, 220), 1)}
-
-
-@pytest.fixture(params=["folder", "zip"])
-def celeba(request, tmp_path) -> Path:
-    """The four faces, in a folder or a zip, with both lists."""
-    faces = FACES if request.param == "folder" else {"img_align_celeba.zip": zipped(FACES)}
-    write({**faces, "list_attr_celeba.txt": ATTRIBUTES.encode(),
-           "list_eval_partition.txt": PARTITION.encode()}, tmp_path / "celeba")
-    return tmp_path / "celeba"
-
-
-def test_celeba_shows_central_squares_by_attribute(celeba):
-    train, test = (folders.load_celeba(celeba, split, 16, 3) for split in ("train", "test"))
-    assert train.images.shape == (2, 16, 16, 3) and test.images.shape == (1, 16, 16, 3)
-    for image, level in zip([*train.images, *test.images], [10, 80, 220], strict=True):
-        assert np.allclose(image, level, atol=3)   # nothing of the white border
-    assert train.classes == ["not Male", "Male"]
-    assert train.labels.tolist() == [1, 0] and test.labels.tolist() == [1]
-
-
-def test_celeba_by_another_attribute(celeba):
-    dataset = load("celeba:Eyeglasses", "train", str(celeba.parent), channels=3)
-    assert dataset.labels.tolist() == [0, 1]
-    assert dataset.classes == ["not Eyeglasses", "Eyeglasses"]
-
-
-def test_without_its_partition_celeba_is_for_training(celeba, capsys):
-    (celeba / "list_eval_partition.txt").unlink()
-    assert len(folders.load_celeba(celeba, "train", 16, 3).images) == 4
-    assert "list_eval_partition.txt is missing: all images" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="list_eval_partition.txt is missing"):
-        folders.load_celeba(celeba, "test", 16, 3)
-
-
-ATTR, PART = "list_attr_celeba.txt", "list_eval_partition.txt"
-BAD_CELEBA = {
-    "no faces": ({}, "must hold img_align_celeba .*--get celeba"),
-    "an empty list": ({**FACES, ATTR: b""}, "no attribute 'Male'"),
-    "no attributes": ({**FACES, ATTR: b"3\n"}, "no attribute 'Male'"),
-    "other attributes": ({**FACES, ATTR: ATTRIBUTES.replace("Male", "Bald").encode()},
-                         "no attribute 'Male' but Eyeglasses, Bald, Smiling"),
-    "label 0": ({**FACES, ATTR: ATTRIBUTES.replace("-1", "0").encode()}, f"{ATTR} is damaged"),
-    "labels short": ({**FACES, ATTR: ATTRIBUTES[:-8].encode()}, f"{ATTR} is damaged"),
-    "another face": ({**FACES, ATTR: ATTRIBUTES.encode(), PART: b"000009.jpg 0"},
-                     "do not agree on 000009.jpg"),
-    "no face": ({**FACES, ATTR: ATTRIBUTES.encode(), PART: b""}, "do not agree on any image"),
-    "half a face": ({**FACES, ATTR: ATTRIBUTES.encode(),
-                     "img_align_celeba/000003.jpg": face(1)[:500]}, "cannot read .* 000003.jpg"),
-    "a face twice": ({**FACES, ATTR: ATTRIBUTES.encode(), PART: PARTITION.encode() * 2},
-                     "names the image .*000001.jpg 2 times"),
-    "a face short": ({**dict(list(FACES.items())[:3]), ATTR: ATTRIBUTES.encode()},
-                     "cannot read the image 000004.jpg"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_CELEBA)
-def test_damaged_celeba_is_refused_by_name(tmp_path, case):
-    files, complaint = BAD_CELEBA[case]
-    write(files, tmp_path)
-    with pytest.raises(ValueError, match=complaint):
-        folders.load_celeba(tmp_path, "train", 16, 3)
-
-
-def test_celebahq_as_published_or_with_metadata(tmp_path):
-    folder = tmp_path / "celebahq"
-    with pytest.raises(ValueError, match="celebahq is missing: .*--get celebahq"):
-        load("celebahq", "train", str(tmp_path), channels=3)
-    for k in (0, 2, 10):
-        write({f"CelebA-HQ-img/{k}.jpg": plain((20 * k,) * 3, (64, 64), "JPEG"),
-               f"sketch/{k}.jpg": plain((255, 255, 255)),
-               f"celeba-caption/{k}.txt": f"Face {k} smiles. \nShe is {k}.\n".encode()}, folder)
-    dataset = load("celebahq", "train", str(tmp_path), channels=3)
-    assert dataset.captions == ["Face 0 smiles.", "Face 2 smiles.", "Face 10 smiles."]
-    assert np.allclose(dataset.images.mean((1, 2, 3)), [0, 40, 200], atol=2)
-    (folder / "CelebA-HQ-img" / "2.jpg").unlink()
-    with pytest.raises(ValueError, match="celeba-caption/2.txt has no picture"):
-        load("celebahq", "train", str(tmp_path), channels=3)
-    entry = {"file_name": "CelebA-HQ-img/10.jpg", "text": "ten"}
-    write({"metadata.jsonl": metadata(entry)}, folder)
-    assert load("celebahq", "train", str(tmp_path), channels=3).captions == ["ten"]

@@ -127,23 +127,35 @@ def test_imagenet_batches_come_in_order_of_number(tmp_path, size):
     assert train.classes[6] == "0007" and len(train.classes) == 1000
 
 
-def test_npz_of_training_images_only(tmp_path):
+@pytest.mark.parametrize("first", [0, 1])
+def test_npz_of_training_images_only(tmp_path, first):
     path = tmp_path / "mine.npz"
-    path.write_bytes(npz(images=COLOUR, labels=np.array([0, 2, 2, 0, 0, 0])))
+    path.write_bytes(npz(images=COLOUR, labels=np.array([0, 2, 1, 0, 0, 0]) + first))
     dataset = load(str(path), "train", channels=3)
-    assert np.array_equal(dataset.images, COLOUR) and dataset.classes == ["0", "1", "2"]
-    assert dataset.labels.tolist() == [0, 2, 2, 0, 0, 0] and dataset.labels.dtype == np.int64
+    assert np.array_equal(dataset.images, COLOUR)
+    assert dataset.classes == [str(first + k) for k in range(3)]
+    assert dataset.labels.tolist() == [0, 2, 1, 0, 0, 0] and dataset.labels.dtype == np.int64
     with pytest.raises(ValueError, match="mine.npz has no test_images"):
         load(str(path), "test", channels=3)
 
 
 def test_npz_with_both_splits(tmp_path):
     path = tmp_path / "mine.npz"
-    path.write_bytes(npz(train_images=GREY, train_labels=np.arange(5)[:, None],
-                         test_images=GREY[:1], test_labels=np.array([[6]], np.uint8)))
+    path.write_bytes(npz(train_images=GREY, train_labels=np.arange(5)[:, None], images=GREY,
+                         test_images=GREY[:1], test_labels=np.array([[5]], np.uint8)))
     train, test = (load(str(path), split, image_size=28) for split in ("train", "test"))
     assert np.array_equal(train.images[..., 0], GREY) and train.labels.tolist() == [0, 1, 2, 3, 4]
-    assert test.labels.tolist() == [6] and train.classes == test.classes == list("0123456")
+    assert test.labels.tolist() == [5] and train.classes == test.classes == list("012345")
+    assert train.left_out == {"other array{s}": 1, "test image{s}": 1}
+
+
+def test_npz_with_names_of_classes(tmp_path):
+    path = tmp_path / "mine.npz"
+    path.write_bytes(npz(images=GREY, labels=np.array([0, 3, 3, 0, 0]),
+                         classes=np.array(["ant", "bee", "cat", "dog", "owl"])))
+    dataset = load(str(path), "train", image_size=28)
+    assert dataset.classes == ["ant", "bee", "cat", "dog", "owl"] and not dataset.left_out
+    assert dataset.labels.tolist() == [0, 3, 3, 0, 0]
 
 
 # ---- what is damaged, missing or of another kind -----------------------------------------------
@@ -239,6 +251,25 @@ def test_damaged_gzip_is_refused(tmp_path):
             formats.read_idx(path)
 
 
+@pytest.mark.parametrize("name, pack", [
+    ("images.gz", gzip.compress),
+    ("b.zip", lambda zeros: zipped({"a/1.bin": zeros}, zipfile.ZIP_DEFLATED)),
+    ("b.tar.gz", lambda zeros: tarred({"a/1.bin": zeros}))])
+def test_zeros_that_unpack_to_much_are_refused_too(tmp_path, monkeypatch, name, pack):
+    monkeypatch.setattr(formats, "LARGEST", 1_000_000)
+    path = tmp_path / name
+    path.write_bytes(pack(bytes(50_000_000)))
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match=f"{name} .*more than 1,000,000 bytes"):
+            if name == "images.gz":
+                formats.read_idx(path)
+            else:
+                formats.read_members(path, ["a/1.bin"])
+
+    assert peak_memory(refused) < 5_000_000
+
+
 @pytest.mark.parametrize("arrays, complaint", [
     (dict(images=COLOUR), "no readable .npz"),
     (dict(labels=np.arange(6)), "no readable .npz"),
@@ -249,6 +280,14 @@ def test_damaged_gzip_is_refused(tmp_path):
     (dict(images=COLOUR, labels=np.eye(6, dtype=int)), "give integers"),
     (dict(images=COLOUR, labels=np.array(3)), "give integers"),
     (dict(images=COLOUR, labels=np.arange(5)), "6 images but 5 labels"),
+    (dict(images=COLOUR, labels=np.array([0, 1, 255, 2, 2, 2])), "4 numbers from 0 to 255"),
+    (dict(images=COLOUR, labels=np.array([2, 3, 2, 2, 2, 2])), "2 numbers from 2 to 3"),
+    (dict(images=COLOUR, labels=np.array([0, 1, 2, 2, 2, -1]).astype(np.uint64)),
+     "4 numbers from 0 to 18446744073709551615: count from 0 or 1"),
+    (dict(images=COLOUR, labels=np.arange(6), classes=np.array(list("abcde"))), "6 or more"),
+    (dict(images=COLOUR, labels=np.arange(6), classes=np.array(list("abcdee"))), "different"),
+    (dict(images=COLOUR, labels=np.arange(6), classes=np.arange(6)), "strings"),
+    (dict(images=COLOUR, labels=np.arange(6), classes=np.array("abcdef")), "strings"),
     (dict(images=COLOUR, labels=np.array(list("abcdef"), object)), "no readable .npz"),
 ])
 def test_other_npz_files_are_refused(tmp_path, arrays, complaint):

@@ -8,7 +8,6 @@ from PIL import Image
 from small_files import cifar, imagenet, mnist, npz, plain, write
 
 from datasets import load, same_source
-from runtime.distributed import log_once
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 GREY = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
@@ -66,7 +65,7 @@ def test_grey_28_gets_a_border_up_to_32(tmp_path, capsys, image_size, border):
     images = load("mnist", "train", str(tmp_path), image_size).images
     assert images.shape == (5, image_size, image_size, 1) and images.sum() == GREY.sum()
     assert np.array_equal(images[:, border:border + 28, border:border + 28, 0], GREY)
-    assert capsys.readouterr().out == ""
+    assert "converted" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("image_size", [16, 64])
@@ -88,7 +87,7 @@ def test_every_kind_of_source_has_the_asked_size(small_cache, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     colour = np.zeros((5, 32, 32, 3), np.uint8)
     write({f"mnist/{name}": content for name, content in FILES.items()}, tmp_path)
-    write({"mine.npz": npz(images=GREY, labels=np.array(LABELS)), "pictures/a/0.png": plain(1),
+    write({"mine.npz": npz(images=GREY, labels=np.arange(5)), "pictures/a/0.png": plain(1),
            "cifar10/cifar-10-batches-bin/batches.meta.txt": b"class\n" * 10,
            **{f"cifar10/cifar-10-batches-bin/data_batch_{k}.bin": cifar(colour, LABELS)
               for k in range(1, 6)},
@@ -99,19 +98,66 @@ def test_every_kind_of_source_has_the_asked_size(small_cache, tmp_path, monkeypa
 
 
 def test_a_conversion_is_said_once(tmp_path, capsys):
-    log_once.cache_clear()
     write(FILES, tmp_path)
     for _ in range(2):
         load("mnist", "train", str(tmp_path), image_size=64, channels=3)
-    assert capsys.readouterr().out == ("mnist: images of 32x32 pixels in grey are converted to "
-                                       "64x64 in colour\n")
+    assert capsys.readouterr().out.count(
+        "mnist: images of 32x32 pixels in grey are converted to 64x64 in colour\n") == 1
     write({"a/0.png": plain(1), "a/1.png": plain(2)}, tmp_path / "pictures")
     for _ in range(2):
         load(str(tmp_path / "pictures"), "train", image_size=4)
-    assert capsys.readouterr().out == ("pictures: images of other sizes or colours are converted "
-                                       "to 4x4 in grey\n")
+    assert capsys.readouterr().out.count(
+        "pictures: images of other sizes or colours are converted to 4x4 in grey\n") == 1
     load(str(tmp_path / "pictures"), "train", image_size=8)   # as they are
-    assert capsys.readouterr().out == ""
+    assert "converted" not in capsys.readouterr().out
+
+
+PETS = {"train/cat/0.png": plain(1), "train/cat/1.png": plain(1, (4, 6)), "train/notes.txt": b"",
+        "test/cat/0.png": plain(1), "test/owl/0.png": plain(1), ".git/config": b"", "READ.TXT": b""}
+
+
+def said_of(files: dict[str, bytes], root: Path, capsys: pytest.CaptureFixture,
+            split: str = "train", **options: object) -> list[str]:
+    """The lines that loading `files` prints, without those of conversions."""
+    write(files, root / "pets")
+    load(str(root / "pets"), split, image_size=8, **options)
+    return [line for line in capsys.readouterr().out.splitlines() if "converted" not in line]
+
+
+def test_a_line_says_what_was_loaded_and_left_out(tmp_path, capsys):
+    assert said_of(PETS, tmp_path, capsys) == [
+        "pets: 2 images, 2 classes; left out: 2 .txt, 2 test images, 1 hidden folder",
+        "pets: no image of owl for train"]
+    assert said_of(PETS, tmp_path, capsys, "test") == [
+        "pets (test): 2 images, 2 classes; left out: 2 .txt, 2 train images, 1 hidden folder"]
+
+
+def test_one_image_of_one_class_is_singular(tmp_path, capsys):
+    assert said_of({"cat/0.png": plain(1)}, tmp_path, capsys) == ["pets: 1 image, 1 class"]
+
+
+def test_numbers_and_sizes_are_said_of_public_images_only(tmp_path, capsys):
+    files = {**PETS, "train/owl/0.png": plain(2)}
+    private = said_of(files, tmp_path, capsys)
+    assert said_of(files, tmp_path, capsys, is_public=True) == [
+        *private, "pets: 1 to 2 of each class; 4x6 to 8x8 pixels"]
+    assert len(private) == 1 and "owl" not in private[0]
+
+
+@pytest.mark.parametrize("name, source", [("digits", "digits"), ("mnist", "mnist"),
+                                          ("celeba", "celeba:Smiling")])
+def test_a_set_and_a_folder_of_one_name_are_told_apart(tmp_path, monkeypatch, name, source):
+    monkeypatch.chdir(tmp_path)
+    write({"cat/0.png": plain(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a set .*give ./{name} for the path"):
+        load(source, "train")
+    assert load(f"./{name}", "train").classes == ["cat"]
+
+
+def test_a_set_s_own_folder_is_no_clash(tmp_path, monkeypatch):
+    write({f"mnist/{name}": content for name, content in FILES.items()}, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert len(load("mnist", "train", ".").images) == 5
 
 
 # ---- real data ---------------------------------------------------------------------------------
