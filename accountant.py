@@ -18,6 +18,11 @@ All logarithms are natural, so RDP and epsilon are in nats. Sources:
   Kamath, Steinke 2020, arXiv 2004.00010, Proposition 12.
 """
 
+if __name__ == "__main__":   # Ctrl-C and `| head -1` leave no traceback
+    from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, getsignal, signal
+    signal(SIGPIPE, SIG_DFL)
+    signal(SIGINT, SIG_DFL if getsignal(SIGINT) != SIG_IGN else SIG_IGN)
+
 import argparse
 import decimal
 import functools

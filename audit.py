@@ -17,6 +17,9 @@ Each audit wrongly accuses correct code with probability ERROR or less, C with 2
 D with ONE_RUN_ERROR for each of its two attackers. runtime/bounds.py has the statistics.
 """
 
+if __name__ == "__main__":   # Ctrl-C while packages load
+    import runtime.quiet  # noqa: F401
+
 import copy
 import io
 import math

@@ -4,11 +4,15 @@
     python data.py --show cifar10 --split test  # writes a grid of images, runs/cifar10-test.png
 """
 
+if __name__ == "__main__":   # Ctrl-C while packages load
+    import runtime.quiet  # noqa: F401
+
 from pathlib import Path
 
 import datasets
 from datasets import download
 from runtime.cli import Parser, one_line_errors
+from runtime.outputs import check_outputs, check_suffix
 from runtime.pictures import Panel, rows_by_class, save_grid
 
 
@@ -40,12 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.get and not args.show:
         raise ValueError("nothing to do: give --get NAME or --show SOURCE")
+    if args.show:
+        name = f"{Path(args.show).stem.replace(':', '-')}-{args.split}.png"
+        out = args.out or Path("runs") / name
+        check_suffix(out, ".png")
+        check_outputs([out], [args.show])
     if args.get:
         print(f"{args.get} is in {download.get(args.get, args.data_dir)}")
     if args.show:
         channels = args.channels or (1 if args.show in datasets.GREY_28 else 3)
-        name = f"{Path(args.show).stem.replace(':', '-')}-{args.split}.png"
-        out = args.out or Path("runs") / name
         save_grid(out, [show(args.show, args.split, args.data_dir, args.image_size, channels)])
         print(f"wrote {out}")
 

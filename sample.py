@@ -13,6 +13,9 @@ Sampling is post-processing: it reads only the checkpoint and costs no privacy, 
 are drawn. `--real` is the exception: it shows real test images, so their data must be fit to show.
 """
 
+if __name__ == "__main__":   # Ctrl-C while packages load
+    import runtime.quiet  # noqa: F401
+
 import argparse
 import json
 from pathlib import Path
@@ -27,6 +30,7 @@ from runtime.checkpoints import load_checkpoint
 from runtime.cli import Parser, find_device, one_line_errors
 from runtime.config import check_sampling
 from runtime.files import save_arrays
+from runtime.outputs import check_outputs, check_suffix
 from runtime.pictures import rows_by_caption, rows_by_class, save_grid
 from runtime.samples import SOLVERS, caption, provenance, title
 from variants.text import TextEmbedder, check_prompts
@@ -76,11 +80,11 @@ def write_npz(args: argparse.Namespace) -> None:
     names = names_of(model, metadata, args.prompt)
     labels = uniform_labels(args.count, len(names))
     images = draw_samples(model, model.embedder.conditions(names).numpy()[labels], args)
-    origin = {**provenance(args.checkpoints[0], metadata),
+    origin = {**provenance(args.checkpoints[0], metadata), "prompts": args.prompt,
               **{name: vars(args)[name] for name in ("steps", "solver", "eta", "guidance", "seed")}}
-    if args.prompt:
-        origin["prompts"] = names
-    save_arrays(args.npz, images=images, labels=labels, origin=np.array(json.dumps(origin)))
+    classes = names if model.architecture["unet"]["context_dim"] else []   # none without condition
+    save_arrays(args.npz, images=images, labels=labels, classes=np.array(classes, str),
+                origin=np.array(json.dumps(origin)))
     print(f"wrote {args.count:,} images to {args.npz}")
 
 
@@ -145,15 +149,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("nothing to do: give --grid FILE.png or --npz FILE.npz")
     if args.npz and (len(args.checkpoints) != 1 or args.count < 1):
         raise ValueError("--npz takes one checkpoint and a --count of at least 1")
-    for path, suffix in ((args.grid, ".png"), (args.npz, ".npz")):
-        # The name of a checkpoint there would replace it.
-        if path and (path.suffix != suffix or path.is_dir()):
-            raise ValueError(f"{path} must be the name of a {suffix} file")
     if args.columns < 1:
         raise ValueError(f"--columns must be at least 1, not {args.columns}")
     if args.caption_from and not args.grid:
         raise ValueError("--caption-from is for --grid FILE.png: give that too")
     check_sampling(args.steps, args.solver, args.eta, args.guidance)
+    check_suffix(args.grid, ".png")
+    check_suffix(args.npz, ".npz")
+    check_outputs(filter(None, (args.grid, args.npz)),
+                  filter(None, (*args.checkpoints, args.real, args.caption_from)))
 
 
 def main(argv: list[str] | None = None) -> None:

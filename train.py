@@ -11,6 +11,9 @@ A run writes its checkpoint and a grid of samples into --out. A private run writ
 them; after Ctrl-C, the same command with --resume goes on.
 """
 
+if __name__ == "__main__":   # Ctrl-C while packages load
+    import runtime.quiet  # noqa: F401
+
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -179,21 +182,19 @@ def conditions(model: LatentDiffusion, dataset: datasets.Dataset, config: Config
 
 def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config: Config,
                        saved: Path, digest: str) -> LatentDiffusion:
-    """`model` with an autoencoder: official weights, the one in `saved`, or a newly trained one."""
+    """`model` with an autoencoder: official weights, the one in `saved`, or a newly trained one.
+
+    ValueError if that in `saved` was made otherwise.
+    """
     if config.run.pretrained:
         official, _ = load_pretrained(config.run.pretrained, model.architecture)
         return new_class_embedder(official, None, len(dataset.classes)).to(config.device)
     if saved.exists() and not config.run.overwrite:   # a stopped stage has its slower half done
-        print(f"taking the autoencoder from {saved}")
-        earlier, metadata = load_checkpoint(saved, "autoencoder")
-        found = earlier.architecture["vae"], metadata.get("public_digest")
-        if found != (model.architecture["vae"], digest):
-            raise ValueError(f"{saved} has another architecture or other data: give --overwrite or "
-                             "another --out")
-        model.vae = earlier.vae.to(config.device)
+        model.vae = runs.earlier_autoencoder(saved, config, digest).to(config.device)
         return model
     with distributed.averaged_gradients(model.vae.parameters()):
-        train_autoencoder(model.vae, dataset.images, config)
+        train_autoencoder(model.vae, dataset.images, distributed.local_batches(config))
+    runs.check_finite(model, "autoencoder.lr")
     save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config),
                     part="autoencoder", public_digest=digest)
     return model
@@ -210,13 +211,10 @@ def run_public(config: Config, target: Path) -> None:
     model = build_model(config.architecture(len(dataset.classes))).to(config.device)
     if rank:   # the same model everywhere, but other batches
         torch.manual_seed(config.public.seed + rank)
-    print(f"public stage: {len(dataset.images):,} images of {config.data.public}; autoencoder "
-          f"{num_parameters(model.vae.parameters()):,} parameters, U-Net "
-          f"{num_parameters(model.unet.parameters()):,}")
-    target.parent.mkdir(parents=True, exist_ok=True)   # complains now rather than after training
-    local = distributed.local_batches(config)
+    print(f"public stage: autoencoder {num_parameters(model.vae.parameters()):,} parameters, "
+          f"U-Net {num_parameters(model.unet.parameters()):,}")
     digest = fingerprint.image_digest(dataset.images)
-    model = public_autoencoder(model, dataset, local, target.with_name("autoencoder.pt"), digest)
+    model = public_autoencoder(model, dataset, config, runs.autoencoder_beside(target), digest)
     z_0 = encode_dataset(model, dataset.images, config.device)
     if not config.run.pretrained:   # the scale is still 1 here
         model.latent_scale.copy_(1.0 / z_0.std())
@@ -224,8 +222,9 @@ def run_public(config: Config, target: Path) -> None:
     rng = np.random.default_rng(config.public.seed + rank)
     with (bfloat16(model.unet, model.embedder, enabled=config.run.bf16),
           distributed.averaged_gradients(model.parameters())):
-        train_public(model, z_0, conditions(model, dataset, config), local, rng)
-    runs.check_finite(model, "public.lr or autoencoder.lr")
+        train_public(model, z_0, conditions(model, dataset, config),
+                     distributed.local_batches(config), rng)
+    runs.check_finite(model, "public.lr")
     if config.has_captions:
         model.embedder.init_unseen_bytes(dataset.captions, LOOKALIKES)
     save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config),
@@ -257,7 +256,7 @@ def run_private(config: Config, files: runs.Files) -> None:
     if run.knows(dataset.images, datasets.same_source(run.public_data, config.data.private)):
         raise ValueError(f"{files.public} was trained on {config.data.private} without privacy")
     runs.announce(run, config)
-    fingerprint.keep_data(files.unfinished, dataset, resumed=run.start is not None)
+    fingerprint.keep_data(files.unfinished, run.handle, dataset, resumed=run.start is not None)
     model, plan, device = run.model.to(config.device), run.plan, config.device
     z_0 = encode_dataset(model, dataset.images, device)
     labels, names = conditions(model, dataset, config), run.trained_names(config)
@@ -315,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     if private and config.run.resume and files.target.exists():
         print(f"{files.target} is complete: there is nothing to resume")
         return
-    with files.locked(config.run.resume, config.run.overwrite), distributed.process_group():
+    with distributed.process_group(), files.locked(config.run.resume, config.run.overwrite):
         if config.device.type == "cuda":   # TF32; norms and sums are in float64
             torch.set_float32_matmul_precision("high")
         if private:

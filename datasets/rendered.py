@@ -3,6 +3,7 @@
 They need no download. Everyone who has Pillow and SciPy gets the same images.
 """
 
+import os
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,14 +32,30 @@ def cached(name: str, arrays: Sequence[str],
            make: Callable[[], Sequence[np.ndarray]]) -> Sequence[np.ndarray]:
     """The named arrays, which `make()` returns: it is called once, then they are in CACHE/NAME.npz.
 
-    ValueError if that file is damaged.
+    Where CACHE cannot be written they are in the user's cache folder; where that cannot be either,
+    a line says so. ValueError if the file is damaged.
     """
-    path = CACHE / f"{name}.npz"
-    if path.exists():
+    paths = [folder / f"{name}.npz" for folder in cache_folders()]
+    for path in filter(os.path.exists, paths):
         return read_arrays(path, arrays)
-    made = make()   # not read back: of several processes only the first one has written it
-    save_arrays(path, **dict(zip(arrays, made, strict=True)))
+    made, problem = make(), ""   # not read back: of several processes only the first one writes
+    for path in paths:
+        try:
+            save_arrays(path, **dict(zip(arrays, made, strict=True)))
+            return made
+        except OSError as error:
+            problem = problem or f"{name} is made anew each time: {error}"
+    print(problem)
     return made
+
+
+def cache_folders() -> list[Path]:
+    """CACHE, and for where that cannot be written the user's cache folder (XDG Base Directory)."""
+    try:
+        users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:   # this user has no home
+        return [CACHE]
+    return [CACHE, Path(users, "dp-ldm")]
 
 
 def load_rendered(source: str, split: str) -> Dataset:

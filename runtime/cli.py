@@ -1,9 +1,11 @@
 """What all command lines share: one-line errors, stopping between two steps, the device."""
 
 import argparse
+import os
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -11,20 +13,47 @@ from typing import NoReturn
 import torch
 
 from runtime.distributed import lost_a_peer, may_speak
+from runtime.terminal import robust_output
 
 # Ctrl-C; what schedulers and shutdowns send; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its complaints as ValueError, for `one_line_errors`."""
+    """An ArgumentParser that raises its complaints as ValueError, for `one_line_errors`.
+
+    ~ at the start of a value is the user's home folder: shells leave --out=~/run as it is.
+    """
 
     def __init__(self, description: str):
         super().__init__(description=description,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_known_args(self, args: Sequence[str] | None = None,
+                         namespace: argparse.Namespace | None = None) -> tuple:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([in_home(word) for word in words], namespace)
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists the options)")
+
+
+def in_home(word: str) -> str:
+    """A word of a command line, or --flag=VALUE, with a leading ~ or ~user spelled out."""
+    flag, value = re.fullmatch(r"(--[\w-]+=)?(.*)", word, re.DOTALL).groups(default="")
+    return flag + os.path.expanduser(value)
+
+
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt though runtime.quiet has been imported."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say(line: str) -> None:
@@ -48,7 +77,8 @@ def one_line_errors() -> Iterator[None]:
     together: the first error is reported, and no other.
     """
     try:
-        yield
+        with robust_output(), ctrl_c_raises():
+            yield
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
         finish(f"\n{stop}" if stop.args else "\nstopped", 128 + number)

@@ -9,6 +9,7 @@ others only cost time or choose a place, and a resumed run may change them.
 import argparse
 import dataclasses
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field, fields
@@ -200,13 +201,22 @@ class Config:
     def changed(self, planned: dict) -> tuple[str, object, object] | None:
         """The first setting of MODEL_TABLES that differs from `planned`: (name, there, here).
 
-        planned: dataclasses.asdict of another Config.
+        planned: dataclasses.asdict of another Config. One path may be spelled in two ways.
         """
         for table in MODEL_TABLES:
             for key, value in vars(getattr(self, table)).items():
-                if planned[table][key] != value:
-                    return flag_of(table, key), planned[table][key], value
+                there = planned[table].get(key)
+                if there != value and not (table == "data" and is_one_path(there, value)):
+                    return flag_of(table, key), there, value
         return None
+
+
+def is_one_path(one: object, other: object) -> bool:
+    """Whether two values are paths to one file or folder that exists."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 # ---- flags -------------------------------------------------------------------------------------
@@ -341,6 +351,8 @@ def check_value(table: str, key: str, value: object) -> None:
             continue
         if not (0 < number < math.inf or number == 0 and place in MAY_BE_ZERO):
             raise ValueError(f"{name} must be positive and finite, not {number}")
+    if key == "lr" and value > 1:   # clipping and noise hide from the loss that the run diverges
+        raise ValueError(f"{name} must be at most 1, not {value:g}")
     if place in CHOICES and value not in CHOICES[place]:
         raise ValueError(f"{name} must be one of {', '.join(map(str, CHOICES[place]))}, not "
                          f"{value!r}")

@@ -21,9 +21,17 @@ from torch import nn
 from dp_sgd import Batch, PrivacyPlan, Tensors
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun has started this process and others.
+
+    Clusters leave WORLD_SIZE and RANK in the environment of programs that they start alone.
+    """
+    return dist.is_torchelastic_launched() and os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
 def is_first_process() -> bool:
-    """Whether this process writes files and prints: the first of torchrun's, or the only one."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK", "0") == "0"
+    """Whether this process writes files and prints: the first of the group, or the only one."""
+    return rank_and_world()[0] == 0
 
 
 @functools.cache
@@ -43,13 +51,13 @@ def may_speak() -> bool:
 
     A process that fails takes the others down with it: their errors tell nothing new.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not is_one_of_several():
         return True
     try:
         store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))
         return store.compare_set("speaker", "", str(rank)) == str(rank).encode()
-    except (ValueError, RuntimeError):   # there is no torchrun, or no more
-        return is_first_process()
+    except (ValueError, RuntimeError):   # torchrun is no more
+        return os.environ.get("RANK") == "0"
 
 
 def lost_a_peer(error: Exception) -> bool:
@@ -63,8 +71,12 @@ def process_group() -> Iterator[None]:
     """Join the other processes of torchrun, if there are any; all but the first are silent.
 
     The group lasts until the process ends: once it is left, the others fail. Errors come first.
+    ValueError if another program than torchrun has started several: each would spend epsilon.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not is_one_of_several():
+        if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+            raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torchrun has not "
+                             "started this program: start it by torchrun, or unset WORLD_SIZE")
         yield
         return
     if torch.cuda.is_available():

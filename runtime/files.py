@@ -18,8 +18,8 @@ import numpy as np
 from runtime.distributed import is_first_process
 
 # What readers of arrays, zips, tars and compressed bytes raise when a file is damaged.
-UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, NotImplementedError, struct.error,
-              zlib.error, zipfile.BadZipFile, tarfile.TarError)
+UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, NotImplementedError,
+              RecursionError, struct.error, zlib.error, zipfile.BadZipFile, tarfile.TarError)
 
 
 @contextmanager
@@ -27,23 +27,52 @@ def atomic_write(path: Path, on_commit: Callable[[], None] = lambda: None) -> It
     """A file to write `path` into: at every moment `path` is absent, old, or new and whole.
 
     on_commit is called when the new file is complete on the disk and has yet to replace the old
-    one. Only the first of torchrun's processes writes.
+    one. Only the first of torchrun's processes writes. OSError naming `path` if the disk is full.
     """
     if not is_first_process():
         yield io.BytesIO()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        on_commit()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = partial_name(path)
+    with Disk(partial, "wb") as disk:
+        try:
+            with io.BufferedWriter(disk) as file:
+                yield file
+                file.flush()
+                disk.sync()
+            on_commit()
+            os.replace(partial, path)
+        except Exception as error:   # of any type: torch.save hides the system's
+            if disk.failure is None:
+                raise
+            raise OSError(f"{path} cannot be written: {disk.failure.strerror}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class Disk(io.FileIO):
+    """A file to write that remembers why the system refused."""
+    failure: OSError | None = None
+
+    def write(self, data: object) -> object:
+        return self.remembering(super().write, data)
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
+        self.remembering(os.fsync, self.fileno())
+
+    def remembering(self, call: Callable, argument: object) -> object:
+        try:
+            return call(argument)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def partial_name(path: Path) -> Path:
+    """Where this process puts what is to become `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def remove_leftovers(path: Path) -> None:
@@ -70,22 +99,30 @@ def locked(path: Path) -> Iterator[None]:
     """Inside, no other process can lock `path`. ValueError if one has locked it already.
 
     The lock is on a file beside it; the system frees the lock when its process dies. Under torchrun
-    the first process locks for all. Folders that are made for it go if they stay empty.
+    the first process locks for all.
     """
     if not is_first_process():
         yield
         return
     beside = path.with_name(f"{path.name}.lock")
-    made = [folder for folder in beside.parents if not folder.exists()]
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with open_locked(beside):
+    with created(beside.parent), open_locked(beside):
         try:
             yield
         finally:   # before the lock is freed: whoever locks the deleted file notices
             beside.unlink(missing_ok=True)
-            with suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
+
+
+@contextmanager
+def created(folder: Path) -> Iterator[None]:
+    """Inside, `folder` is there. Folders that are made for it go at the end if they are empty."""
+    made = [part for part in (folder, *folder.parents) if not os.path.exists(part)]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for part in made:
+                part.rmdir()
 
 
 def open_locked(path: Path) -> BinaryIO:
@@ -116,7 +153,7 @@ def read_arrays(path: Path, names: Sequence[str] = ("images", "labels")) -> list
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return [arrays[name] for name in names]
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
         wanted = " and ".join(names)
         raise ValueError(f"{path} is no readable .npz of {wanted}: {error}") from error
 

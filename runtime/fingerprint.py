@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from runtime.distributed import is_first_process
 
@@ -36,14 +37,41 @@ def keyed_digest(key: bytes, dataset: object) -> str:
     return mac.hexdigest()
 
 
-def state_file(unfinished: Path) -> Path:
-    """Where key and digest lie while `unfinished` can be resumed: on this machine only."""
+def new_handle() -> str:
+    """A random name of a run, which tells nothing else of it."""
+    return secrets.token_hex(16)
+
+
+def handle_of(unfinished: Path) -> str:
+    """The name that an interrupted run saved; "" if there is none."""
+    try:
+        content = torch.load(unfinished, map_location="cpu", weights_only=True, mmap=True)
+        return str(content["training"]["handle"])
+    except Exception:   # damaged bytes can fail anywhere in torch's reader
+        return ""
+
+
+def state_file(handle: str) -> Path:
+    """Where key and digest lie while the run can be resumed: on this machine, wherever it moves."""
     folder = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    name = hashlib.sha256(os.fsencode(unfinished.resolve())).hexdigest()
-    return Path(folder, "dp-ldm", f"{name}.json")
+    return Path(folder, "dp-ldm", f"{hashlib.sha256(handle.encode()).hexdigest()}.json")
 
 
-def keep_data(unfinished: Path, dataset: object, resumed: bool) -> None:
+def can_check(handle: str) -> bool:
+    """Whether `keep_data` can tell the private data of this run from all others."""
+    try:
+        return bool(read_state(handle))
+    except NO_STATE:
+        return False
+
+
+def read_state(handle: str) -> tuple[bytes, str]:
+    """(key, digest) of a run. One of NO_STATE if they are not here."""
+    content = json.loads(state_file(handle).read_text())
+    return bytes.fromhex(content["key"]), content["digest"]
+
+
+def keep_data(unfinished: Path, handle: str, dataset: object, resumed: bool) -> None:
     """Remember the private data of a new run; ValueError if a resumed one was begun with others.
 
     Prints a line where that cannot be done. Under torchrun the first process does it for all.
@@ -51,19 +79,19 @@ def keep_data(unfinished: Path, dataset: object, resumed: bool) -> None:
     if not is_first_process():
         return
     if resumed:
-        check(unfinished, dataset)
+        check(unfinished, handle, dataset)
     else:
-        remember(unfinished, dataset)
+        remember(unfinished, handle, dataset)
 
 
-def remember(unfinished: Path, dataset: object) -> None:
+def remember(unfinished: Path, handle: str, dataset: object) -> None:
     """Write key and digest of a new run's data, for its user's eyes only."""
-    unfinished.unlink(missing_ok=True)   # an earlier run's, which was begun with other data
     forget(unfinished)
+    unfinished.unlink(missing_ok=True)   # an earlier run's, which was begun with other data
     key = secrets.token_bytes(32)
     content = {"run": str(unfinished), "key": key.hex(), "digest": keyed_digest(key, dataset)}
     try:
-        path = state_file(unfinished)
+        path = state_file(handle)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             json.dump(content, file)
@@ -71,11 +99,10 @@ def remember(unfinished: Path, dataset: object) -> None:
         print(f"--resume will not notice if the private data change: {error}")
 
 
-def check(unfinished: Path, dataset: object) -> None:
+def check(unfinished: Path, handle: str, dataset: object) -> None:
     """ValueError if the data are not those that the run in `unfinished` was begun with."""
     try:
-        content = json.loads(state_file(unfinished).read_text())
-        key, digest = bytes.fromhex(content["key"]), content["digest"]
+        key, digest = read_state(handle)
     except NO_STATE as error:
         print(f"whether the private data have changed could not be checked: {error}")
         return
@@ -85,6 +112,6 @@ def check(unfinished: Path, dataset: object) -> None:
 
 
 def forget(unfinished: Path) -> None:
-    """Delete key and digest: there is nothing left to resume."""
+    """Delete key and digest of the run in `unfinished`: there will be nothing left to resume."""
     with suppress(*NO_STATE):
-        state_file(unfinished).unlink()
+        state_file(handle_of(unfinished)).unlink()

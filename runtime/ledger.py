@@ -40,6 +40,18 @@ def is_seeded(ledger: Sequence[dict]) -> bool:
     return any("insecure_noise_seed" in entry for entry in ledger)
 
 
+def check(ledger: Sequence[dict]) -> None:
+    """ValueError unless each entry has the numbers of a plan, and accountants take them."""
+    for number, entry in enumerate(ledger, 1):
+        try:
+            accountant.released(segments([entry]))
+            usable = entry["num_examples"] > 0 < entry["max_grad_norm"] and 0 < entry["delta"] < 1
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"entry {number} of its ledger or plan is wrong: {error}") from error
+        if not usable:
+            raise ValueError(f"entry {number} of its ledger or plan has no numbers of a plan")
+
+
 def segments(ledger: Sequence[dict]) -> list[tuple[float, float, int]]:
     """The ledger as the accountant's [(sample_rate, noise_multiplier, steps), ...]."""
     return [(e["expected_batch"] / e["num_examples"], e["noise_multiplier"], e["steps"])

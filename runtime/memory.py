@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dp_sgd import Batch, Tensors
+from runtime.distributed import is_one_of_several
 
 
 def peak_memory(device: torch.device) -> int:
@@ -31,7 +32,8 @@ def largest_physical_batch(clipped_sum: Callable, model: nn.Module, parameters: 
         memory = torch.cuda.mem_get_info(device)[1]
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # torchrun's processes here share it
+    if is_one_of_several():   # those on this machine share its memory
+        memory /= int(os.environ["LOCAL_WORLD_SIZE"])
     before, size = peak_memory(device), 1
     while True:
         repeated = tuple(x.expand(size, *x.shape[1:]) for x in example)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import tomllib
 import typing
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_preset(name: str) -> Tables:
     path = PRESETS / f"{name}.toml"
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no readable preset: {error}") from error
 
 
@@ -43,6 +44,8 @@ def read_assignment(text: str) -> Tables:
         raise ValueError(f"{text!r} is not table.key=value")
     try:
         return {table: {key: tomllib.loads(f"value = {value}")["value"]}}
+    except RecursionError as error:
+        raise ValueError(f"{table}.{key} is nested too deeply") from error
     except tomllib.TOMLDecodeError:
         return {table: {key: value.strip()}}
 
@@ -58,7 +61,8 @@ def convert(value: object, kind: type, place: str) -> object:
         return kind(value)
     if type(value) is not kind:
         raise ValueError(f"{place} must be of type {kind.__name__}, not {value!r}")
-    return value
+    # No shell spells out the ~ in --set data.public=~/photos, nor in a preset.
+    return os.path.expanduser(value) if kind is str else value
 
 
 def apply(config: object, tables: Tables, source: str) -> None:

@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
@@ -22,7 +23,8 @@ from runtime.config import Config
 from runtime.describe import num_parameters
 from runtime.distributed import is_first_process
 from runtime.files import locked
-from runtime.fingerprint import forget, image_digest
+from runtime.fingerprint import can_check, forget, image_digest, new_handle
+from runtime.outputs import check_outputs, check_suffix
 from variants.lora import add_lora
 from variants.trainable import private_parameter_names
 
@@ -34,17 +36,33 @@ class Files:
     public: Path       # the public model
     target: Path       # what this run makes
     unfinished: Path   # what an interrupted private run left
+    outputs: list[Path]   # all that it may write
+    inputs: list[str]     # what it reads, if these are paths
 
     @classmethod
     def of(cls, config: Config) -> "Files":
         public = Path(config.run.public_checkpoint or config.folder / "public.pt")
         private = config.folder / f"private-eps{config.private.epsilon:g}.pt"
         target = public if config.stage == "public" else private
-        return cls(public, target, target.with_suffix(".unfinished.pt"))
+        unfinished = target.with_suffix(".unfinished.pt")
+        inputs = [config.data.public, config.data.private, config.run.pretrained]
+        of_public = [public, public.with_suffix(".png"), autoencoder_beside(public)]
+        if config.stage == "public":
+            outputs = of_public
+        else:
+            outputs = [target, target.with_suffix(".png"), ledger.privacy_json(target),
+                       unfinished, ledger.privacy_json(unfinished)]
+            if public.exists():
+                inputs.append(str(public))
+            elif not config.run.pretrained:   # the public stage comes first
+                outputs += of_public
+        return cls(public, target, unfinished, outputs, inputs)
 
     @contextmanager
     def locked(self, resume: bool, overwrite: bool) -> Iterator[None]:
         """Inside, no other run makes the same target. ValueError as of `check`, or if one does."""
+        check_suffix(self.target, ".pt")   # of --public-checkpoint
+        check_outputs(self.outputs, self.inputs)
         with locked(self.target):
             self.check(resume, overwrite)
             yield
@@ -62,11 +80,34 @@ class Files:
         if record.exists() and not (self.target.exists() or goes_on or overwrite):
             raise ValueError(f"{record} is the record of a checkpoint that is no longer here: move "
                              "it too, or give --overwrite to replace it")
-        if self.target.suffix != ".pt":   # the picture beside it would take its name
-            raise ValueError(f"--public-checkpoint {self.target} must end in .pt")
 
 
-# ---- what a private run starts from ------------------------------------------------------------
+def autoencoder_beside(public: Path) -> Path:
+    """Where the public stage that makes `public` keeps the autoencoder, its slower half."""
+    return public.with_name("autoencoder.pt")
+
+
+# ---- what a run starts from ------------------------------------------------------------
+
+def earlier_autoencoder(path: Path, config: Config, digest: str) -> nn.Module:
+    """The autoencoder that a stopped public stage left in `path`.
+
+    digest: of the public images. ValueError if it was made of other images or with other settings.
+    """
+    model, metadata = load_checkpoint(path, "autoencoder")
+    made, planned = metadata["config"], dataclasses.asdict(config)
+    planned |= {table: made[table] for table in ("vae", "autoencoder")}   # no other setting counts
+    planned["public"]["seed"] = made["public"].get("seed")
+    planned["data"] |= {key: made["data"].get(key) for key in ("image_size", "channels")}
+    if difference := config.changed(planned):
+        name, there, here = difference
+        raise ValueError(f"{path} was made with {name} {there}, not {here}: go on with that, or "
+                         "give --overwrite or another --out")
+    if metadata.get("public_digest") != digest:
+        raise ValueError(f"{path} was made of other data: give --overwrite or another --out")
+    print(f"taking the autoencoder from {path}")
+    return model.vae
+
 
 @dataclass
 class PrivateRun:
@@ -77,6 +118,7 @@ class PrivateRun:
     public_config: dict      # settings of the public stage
     start: dict | None = None    # what `Saver` kept of an interrupted run
     public_digest: str | None = None   # of the public images; official weights have none
+    handle: str = field(default_factory=new_handle)   # by which fingerprint knows the run
 
     def knows(self, images: np.ndarray, same_name: bool) -> bool:
         """Whether the public model was trained on these images, uint8 [N, H, W, C].
@@ -106,6 +148,8 @@ class PrivateRun:
         So no checkpoint is without one, nor with another's where the disk is full.
         """
         whole = self.ledger_after(steps, config)
+        if "training" in metadata:   # the run can be resumed
+            metadata["training"] = {**metadata["training"], "handle": self.handle}
         save_checkpoint(
             path, self.model, lambda: ledger.write_privacy_json(path, whole, self.plan.delta),
             classes=classes, config=dataclasses.asdict(config), public_config=self.public_config,
@@ -117,6 +161,11 @@ def interrupted_run(config: Config, path: Path, num_examples: int,
                     classes: list[str]) -> PrivateRun:
     """The interrupted run in `path`. ValueError if settings or data would change its course."""
     model, metadata = load_checkpoint(path)
+    if "training" not in metadata:
+        raise ValueError(f"{path} is no interrupted run: it lacks the training state")
+    handle = str(metadata["training"].get("handle", ""))
+    if can_check(handle):   # then the data may have moved: the digest tells whether they are others
+        metadata["config"]["data"]["private"] = config.data.private
     if difference := config.changed(metadata["config"]):
         name, planned, value = difference
         raise ValueError(f"{path} was planned and begun with {name} {planned}, not {value}: "
@@ -125,10 +174,13 @@ def interrupted_run(config: Config, path: Path, num_examples: int,
     if begun_with != (num_examples, classes):
         raise ValueError(f"{path} was begun with {begun_with[0]} examples of {begun_with[1]}, not "
                          f"{num_examples} of {classes}: the data have changed")
-    print(f"going on with {path} after {metadata['training']['step']} steps")
-    return PrivateRun(model, PrivacyPlan(**metadata["plan"]), metadata["ledger"][:-1],
-                      metadata["public_config"], metadata["training"],
-                      metadata.get("public_digest"))
+    run = PrivateRun(model, PrivacyPlan(**metadata["plan"]), metadata["ledger"][:-1],
+                     metadata["public_config"], metadata["training"],
+                     metadata.get("public_digest"), handle)
+    if set(run.trained_names(config)) != set(run.start["parameters"]):
+        raise ValueError(f"{path} is damaged: its training state is of other weights")
+    print(f"going on with {path} after {run.start['step']} steps")
+    return run
 
 
 def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
@@ -265,7 +317,8 @@ def restore(start: dict | None, parameters: Tensors, optimizer: torch.optim.Opti
     for name, p in parameters.items():
         p.copy_(start["parameters"][name])
         ema.shadow[name].copy_(start["ema"][name])
-    optimizer.load_state_dict(start["optimizer"])
+    groups = optimizer.state_dict()["param_groups"]   # as the settings have it, not the file
+    optimizer.load_state_dict({**start["optimizer"], "param_groups": groups})
     ema.step = start["step"]
     return start["step"]
 
@@ -279,6 +332,18 @@ def remove_unfinished(path: Path) -> None:
 
 
 def check_finite(model: LatentDiffusion, settings: str) -> None:
-    """ValueError if a weight is not finite: lower `settings`."""
-    if not all(p.isfinite().all() for p in model.parameters()):
+    """ValueError if a weight is not finite, or what the networks make of noise: lower `settings`.
+
+    The noise is fixed and public. Two time steps see the null class and one other.
+    """
+    device = model.alphas_cumprod.device
+    z = torch.randn(2, *model.vae.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, len(model.alphas_cumprod) - 1], device=device)
+    condition = model.embedder.conditions(["a", "b"]).to(device)
+    condition[0] = model.embedder.null_class
+    with torch.no_grad():
+        eps_hat = model.unet(z.to(device), t, model.embedder(condition))
+        images = model.vae.decode(z.to(device) / model.latent_scale)
+    numbers = (*model.state_dict().values(), eps_hat, images)
+    if not all(x.isfinite().all() for x in numbers):
         raise ValueError(f"training has diverged, nothing is saved: give a lower {settings}")

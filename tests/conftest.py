@@ -1,6 +1,8 @@
 """Fixtures that tests of all floors share. Plain helpers stand in tiny.py."""
 
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import audit
 import dp_sgd
 import train
+from runtime import distributed
 from tiny import FLAGS, arguments, write_images
 
 # ---- broken copies of the private step, and faults around it -----------------------------------
@@ -97,6 +100,27 @@ def private(public: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("private")
     train.main(arguments(public, folder))
     return folder / "private-eps3.pt"
+
+
+@pytest.fixture
+def as_process(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """as_process(rank): what follows is done by this one of two processes."""
+    return lambda rank: monkeypatch.setattr(distributed, "rank_and_world", lambda: (rank, 2))
+
+
+@pytest.fixture
+def full_disk() -> Callable:
+    """full_disk(size): inside, no file can grow past so many bytes."""
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

@@ -91,8 +91,8 @@ def fill_official(model: LatentDiffusion, state: State, path: str | Path) -> Non
 
     The U-Net's weights are their moving averages where the file has them. A conditioner of another
     kind is left behind: the embedder keeps what it has. Prints every missing and unexpected key.
-    ValueError if the file has another noise schedule, or if its U-Net and autoencoder are not
-    exactly the model's.
+    ValueError if the file has another noise schedule or numbers that are not finite, or if its
+    U-Net and autoencoder are not exactly the model's.
     """
     check_schedule(model, state, path)
     found, missing, averages = {"latent_scale": state.get("scale_factor", torch.tensor(1.0))}, [], 0
@@ -111,6 +111,8 @@ def fill_official(model: LatentDiffusion, state: State, path: str | Path) -> Non
             found[name] = class_table(state) if key == CLASS_TABLE else state[key]
         else:
             missing.append(key)
+    if broken := [name for name, tensor in found.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} is refused: {broken[0]} has numbers that are not finite")
     losses = [key for key in state if key.startswith("first_stage_model.loss.")]
     unexpected = [key for key in state if key not in used and key not in losses]
     for line in [*(f"missing: {k}" for k in missing), *(f"unexpected: {k}" for k in unexpected)]:

@@ -21,6 +21,11 @@ Sources: Koskela, Jalko, Honkela 2020, arXiv 1906.03049: PLD by FFT.
   the number of steps may not.
 """
 
+if __name__ == "__main__":   # Ctrl-C and `| head -1` leave no traceback
+    from signal import SIG_DFL, SIG_IGN, SIGINT, SIGPIPE, getsignal, signal
+    signal(SIGPIPE, SIG_DFL)
+    signal(SIGINT, SIG_DFL if getsignal(SIGINT) != SIG_IGN else SIG_IGN)
+
 import math
 from collections.abc import Sequence
 from decimal import ROUND_FLOOR

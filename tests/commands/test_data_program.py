@@ -1,13 +1,16 @@
 """data.py, the program: --get, --show, and what it refuses."""
 
 import hashlib
+import os
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import data
 from datasets import download, rendered
 from runtime.cli import one_line_errors
+from tiny import refuse, write_images
 
 
 def test_get_says_where_the_files_are(tmp_path, monkeypatch, capsys):
@@ -55,6 +58,28 @@ def test_show_writes_captions_beside_their_images(tmp_path):
         with Image.open(tmp_path / "grid.png") as picture:
             widths.append(picture.width)
     assert widths[1] > widths[0] + 60
+
+
+@pytest.mark.parametrize("out, complaint", [
+    ("pets.npz", "pets.npz must be the name of a .png file"),
+    ("hard.png", "hard.png is what this command reads"),
+    ("photo.png", "photo.png was not made by this program"),
+    ("photo.png/new.png", "photo.png is no folder")])
+def test_show_replaces_neither_data_nor_photos(tmp_path, monkeypatch, capsys, out, complaint):
+    monkeypatch.chdir(tmp_path)
+    np.savez("pets.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
+    os.link("pets.npz", "hard.png")
+    Image.new("RGB", (9, 9)).save("photo.png")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert complaint in refuse(capsys, data.main, ["--show", "pets.npz", "--out", out])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_show_writes_no_picture_among_the_data(tmp_path, capsys):
+    out = write_images(tmp_path / "pets", [2], seed=0) / "a" / "grid.png"
+    assert "which is read as data" in refuse(
+        capsys, data.main, ["--show", tmp_path / "pets", "--out", out])
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("arguments, complaint", [

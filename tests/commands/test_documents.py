@@ -130,7 +130,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("program, arguments", COMMANDS)
 def test_every_command_has_flags_that_exist(program, arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)   # evaluate.py makes the folder of its report
+    monkeypatch.chdir(tmp_path)   # outputs are checked: they must not be there yet
     if program == "train.py":
         config.parse_args(arguments, "")
     else:

@@ -1,5 +1,6 @@
 """sample.py on tiny checkpoints: grids, .npz files, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,9 @@ import sample
 from runtime.checkpoints import load_checkpoint, save_checkpoint
 from runtime.classes import new_class_embedder
 from runtime.samples import provenance
-from tiny import refuse, tiny_model, write_images
+from tiny import configure, refuse, tiny_model, write_images
+
+SETTINGS = dataclasses.asdict(configure())
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,7 @@ def captioned(tmp_path_factory):
     """A checkpoint of a model of captions."""
     path = tmp_path_factory.mktemp("captioned") / "public.pt"
     model = tiny_model("text.length=12", "text.layers=1").float()
-    save_checkpoint(path, model, classes=["all"], config={})
+    save_checkpoint(path, model, classes=["all"], config=SETTINGS)
     return path
 
 
@@ -33,6 +36,16 @@ def test_labels_of_samples_are_uniform(private, tmp_path):
     content = arrays(tmp_path / "s.npz")
     assert content["images"].shape == (7, 8, 8, 1) and content["images"].dtype == np.uint8
     assert content["labels"].tolist() == [0, 1, 0, 1, 0, 1, 0]
+    assert content["classes"].tolist() == ["a", "b"]   # what these numbers mean
+
+
+def test_samples_without_condition_have_no_classes(tmp_path):
+    model = tiny_model("unet.context_dim=0").float()
+    save_checkpoint(tmp_path / "public.pt", model, classes=["all"], config=SETTINGS)
+    sample.main([str(tmp_path / "public.pt"), "--npz", str(tmp_path / "s.npz"), "--count", "3",
+                 "--steps", "1"])
+    content = arrays(tmp_path / "s.npz")
+    assert content["labels"].tolist() == [0, 0, 0] and content["classes"].shape == (0,)
 
 
 def test_an_npz_says_where_it_is_from(private, tmp_path):
@@ -95,7 +108,7 @@ def test_every_prompt_is_a_row_of_the_grid(captioned, grids):
 
 def test_a_grid_shows_ten_classes_at_most(tmp_path, grids):
     model = new_class_embedder(tiny_model().float(), None, 12)
-    save_checkpoint(tmp_path / "many.pt", model, classes=list("abcdefghijkl"), config={})
+    save_checkpoint(tmp_path / "many.pt", model, classes=list("abcdefghijkl"), config=SETTINGS)
     sample.main([str(tmp_path / "many.pt"), "--grid", "g.png", "--steps", "1", "--columns", "1"])
     [([(_, images, names)], _)] = grids
     assert names == list("abcdefghij") and len(images) == 10
@@ -107,6 +120,7 @@ def test_prompts_are_drawn_in_turn(captioned, tmp_path):
                  *prompts])
     content = arrays(tmp_path / "s.npz")
     assert content["labels"].tolist() == [0, 1, 0]
+    assert content["classes"].tolist() == ["a cat", "a dog"]
     assert json.loads(str(content["origin"]))["prompts"] == ["a cat", "a dog"]
 
 
@@ -141,6 +155,7 @@ REFUSED = [
     (["--grid", "g.png", "--prompt", "a cat"], "leave out --prompt"),
     (["--grid", "g.jpg"], "must be the name of a .png file"),
     (["--npz", "s.png"], "must be the name of a .npz file"),
+    (["--npz", "/proc/s.npz"], "/proc/s.npz cannot be written"),
     (["--npz", "s.npz", "--count", "0"], "--count of at least 1"),
     (["--npz", "s.npz", "--caption-from", "r.json"], "--caption-from is for --grid"),
     (["other.pt", "--npz", "s.npz"], "--npz takes one checkpoint"),
@@ -154,6 +169,29 @@ def test_bad_input_is_refused(private, tmp_path, monkeypatch, capsys, more, comp
     monkeypatch.chdir(tmp_path)
     assert complaint in refuse(capsys, sample.main, [private, *more])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more, complaint", [
+    (["--grid", "real/test/a/g.png", "--real", "real"], "real/test/a/g.png lies in real"),
+    (["--grid", "r.png", "--caption-from", "r.png"], "r.png is what this command reads"),
+    (["--grid", "real/test/a/0.png"], "was not made by this program"),
+    (["--npz", "mine.npz"], "mine.npz was not made by this program")])
+def test_no_input_or_foreign_file_is_replaced(private, tmp_path, monkeypatch, capsys, more,
+                                              complaint):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "real/test", [2, 2], seed=5)
+    (tmp_path / "r.png").write_text("{}")
+    np.savez("mine.npz", images=np.zeros(3))
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert complaint in refuse(capsys, sample.main, [private, *more])
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_samples_are_replaced_by_new_ones(private, tmp_path):
+    for count in (2, 3):
+        sample.main([str(private), "--npz", str(tmp_path / "s.npz"), "--count", str(count),
+                     "--grid", str(tmp_path / "g.png"), "--steps", "1", "--columns", "1"])
+    assert len(arrays(tmp_path / "s.npz")["labels"]) == 3
 
 
 @pytest.mark.parametrize("prompts, complaint", [

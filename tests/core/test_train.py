@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import train
 from dp_sgd import PrivacyPlan, private_parameter_names
 from ldm import lr_factor
 from runtime.checkpoints import load_checkpoint
+from runtime.cli import one_line_errors
 from tiny import FLAGS, arguments, configure, flat, refuse, tiny_data, tiny_model, write_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,10 +176,60 @@ def test_a_stopped_public_stage_goes_on_after_its_autoencoder(public, tmp_path, 
     command = ["--stage", "public", "--out", str(tmp_path), *FLAGS, "--public-data"]
     other = write_images(tmp_path / "other", [6, 6], seed=5)
     assert "other data" in refuse(capsys, train.main, [*command, other])
-    train.main([*command, str(data)])
+    train.main([*command, str(data), "--public-steps", "1"])   # comes after the autoencoder
     assert "taking the autoencoder from" in capsys.readouterr().out
     one, other = (load_checkpoint(p / "public.pt")[0].vae.state_dict() for p in (public, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("setting, told", [
+    ("autoencoder.steps=3", "autoencoder.steps 2, not 3"), ("autoencoder.lr=1.0", "autoencoder.lr"),
+    ("autoencoder.crop=4", "autoencoder.crop 0, not 4"), ("public.seed=1", "--seed 0, not 1"),
+    ("vae.num_res_blocks=2", "vae.num_res_blocks"), ("data.channels=3", "data.channels 1, not 3"),
+    ("data.image_size=16", "data.image_size 8, not 16")])
+def test_an_autoencoder_of_other_settings_is_refused(public, tmp_path, capsys, optimizer_steps,
+                                                     setting, told):
+    (tmp_path / "autoencoder.pt").write_bytes((public / "autoencoder.pt").read_bytes())
+    command = ["--stage", "public", "--out", tmp_path, "--public-data", public / "public-images"]
+    message = refuse(capsys, train.main, [*command, *FLAGS, "--set", setting])
+    assert told in message and "autoencoder.pt was made with" in message and not optimizer_steps
+
+
+@pytest.mark.parametrize("stage, names", [
+    ("public", ["public.pt", "public.png", "autoencoder.pt"]),
+    ("private", ["private-eps3.pt", "private-eps3.png", "private-eps3.privacy.json",
+                 "private-eps3.unfinished.pt", "private-eps3.unfinished.privacy.json", "public.pt",
+                 "public.png", "autoencoder.pt"])])
+def test_another_program_s_files_are_never_replaced(public, tmp_path, capsys, stage, names):
+    command = [*arguments(public, tmp_path, "--stage", stage, "--overwrite")[2:]]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+        message = refuse(capsys, train.main, command)
+        assert f"{name} was not made by" in message or f"{name} is damaged or of ano" in message
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+        (tmp_path / name).unlink()
+
+
+def test_a_run_writes_neither_into_its_data_nor_over_its_model(public, tmp_path, capsys):
+    images = public / "private-images"
+    among = refuse(capsys, train.main, arguments(public, images / "a"))
+    assert "which is read as data" in among and len(list((images / "a").iterdir())) == 12
+    (tmp_path / "private-eps3.pt").write_bytes((public / "public.pt").read_bytes())
+    command = arguments(public, tmp_path, "--overwrite", "--public-checkpoint",
+                        tmp_path / "private-eps3.pt")
+    assert "is what this command reads" in refuse(capsys, train.main, command)
+
+
+def test_a_full_disk_ends_a_run_in_one_line(public, private, tmp_path, capsys, full_disk):
+    shutil.copytree(private.parent, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    with full_disk(50_000), pytest.raises(SystemExit) as stop, one_line_errors():
+        train.main(arguments(public, tmp_path, "--overwrite"))
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("private-eps3.unfinished.pt cannot be written: File too large")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_private_loss_is_shown_only_when_asked_for(public, tmp_path, capsys):
@@ -233,7 +285,7 @@ REFUSED = [
     (["--no-such-flag"], "--no-such-flag"),
     (["--eps", "many"], "--eps"),
     (["--public-checkpoint", "missing.pt"], "missing.pt does not exist"),
-    (["--stage", "public", "--public-checkpoint", "model.png"], "must end in .pt"),
+    (["--stage", "public", "--public-checkpoint", "model.png"], "must be the name of a .pt file"),
     (["--private-data", "letters", "--public-data", "letters"], "are both letters"),
     (["--private-data", "celeba:Smiling", "--public-data", "celeba"], "they must differ"),
 ]

@@ -80,16 +80,44 @@ def test_only_test_digits_have_held_out_combinations(small_cache, monkeypatch):
     assert asked == [("letter", True), ("letter", True), ("digit", False), ("digit", True)]
 
 
-def test_a_process_that_may_not_write_renders_too(small_cache, monkeypatch):
+def test_a_process_that_may_not_write_renders_too(small_cache, as_process):
     """As the second of torchrun's processes does while the first one is still rendering."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    as_process(1)
     found = load_rendered("scenes", "test")
     assert not small_cache.exists()
-    monkeypatch.setenv("RANK", "0")
+    as_process(0)
     written = load_rendered("scenes", "test")
     assert np.array_equal(found.images, written.images) and found.captions == written.captions
     assert small_cache.exists()
+
+
+@pytest.mark.parametrize("variable, folder", [("XDG_CACHE_HOME", "dp-ldm"),
+                                              ("HOME", ".cache/dp-ldm")])
+def test_a_closed_cache_moves_to_the_user_s_folder(small_cache, never, tmp_path, monkeypatch,
+                                                   variable, folder):
+    small_cache.write_text("a file where a folder must be")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "user"))
+    found = load_rendered("digits", "test")
+    assert (tmp_path / "user" / folder / "digits-test-v3.npz").is_file()
+    never()
+    assert np.array_equal(load_rendered("digits", "test").images, found.images)
+
+
+def test_without_any_cache_a_set_is_rendered_each_time(small_cache, monkeypatch, capsys):
+    small_cache.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_cache))
+    first, second = (load_rendered("digits", "test").images for _ in range(2))
+    assert np.array_equal(first, second)
+    assert capsys.readouterr().out.count("digits-test-v3 is made anew each time") == 2
+
+
+def test_a_full_disk_is_no_cache(small_cache, tmp_path, monkeypatch, full_disk, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    with full_disk(1_000):
+        assert len(load_rendered("digits", "test").images) == 30
+    assert "File too large" in capsys.readouterr().out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_damaged_cache_is_refused(small_cache):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_ctrl_c_ends_with_code_130(capsys, error, words):
 
 @pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
 def test_where_processes_cannot_agree_the_first_speaks(monkeypatch, capsys, rank, lines):
-    monkeypatch.delenv("MASTER_ADDR", raising=False)   # no torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of a torchrun that has ended")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     for error, expected in ((ValueError("x"), 2), (KeyboardInterrupt("x"), 130)):
@@ -63,6 +65,21 @@ def test_wrong_arguments_point_to_the_help():
     for argv in (["--count", "many"], ["--contu", "3"]):
         with pytest.raises(ValueError, match=r"--co.*\(--help lists the options\)$"):
             parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("words, meant", [
+    ("--out=~/run", "HOME/run"), ("--out ~/run", "HOME/run"), ("--ou=~", "HOME"),
+    ("--out=~root/run", "/root/run"), ("~/a.npz", "HOME/a.npz"), ("--data=a~", "a~"),
+    ("--out=~nobody-of-this-name/a", "~nobody-of-this-name/a"), ("--out=./~/a", "./~/a")])
+def test_a_tilde_is_the_home_folder(monkeypatch, words, meant):
+    monkeypatch.setenv("HOME", "/home of/me")
+    monkeypatch.setattr(sys, "argv", ["program", *words.split()])
+    parser = Parser("what it does")
+    parser.add_argument("--output", "--data")
+    parser.add_argument("file", nargs="?")
+    found = {value for value in vars(parser.parse_args()).values() if value}
+    root = os.path.expanduser("~root")
+    assert found == {meant.replace("HOME", "/home of/me").replace("/root", root)}
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------

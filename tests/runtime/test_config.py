@@ -69,8 +69,8 @@ def test_a_flag_and_set_agree(flag, place, monkeypatch):
 
 def test_flags_precede_set_which_precedes_the_preset():
     more = ["--set", "private.epochs=7", "--set", "private.lr=1"]
-    config = settings("--preset", "mnist", "--private-lr", "2", *more)
-    assert (config.private.epochs, config.private.lr) == (7.0, 2.0)
+    config = settings("--preset", "mnist", "--private-lr", "0.5", *more)
+    assert (config.private.epochs, config.private.lr) == (7.0, 0.5)
     assert config.private.noise_multiplicity == 4   # the preset's
     assert config.private.delta == Config().private.delta
 
@@ -102,6 +102,8 @@ def test_numbers_are_positive_and_finite(place):
 
 @pytest.mark.parametrize("assignments, words", [
     (["vae.ch_mult=[1, 2, 0]"], "vae.ch_mult must be positive"),
+    *[([f"{stage}.lr=1e20"], "lr must be at most 1, not 1e\\+20")
+      for stage in ("private", "public", "autoencoder")],
     (["data.image_size=10"], "data.image_size must be a multiple of 4"),
     (["unet.model_channels=12", "unet.num_heads=8"], "a multiple of unet.num_heads"),
     (["unet.num_head_channels=5"], "or unet.num_head_channels"),
@@ -166,6 +168,17 @@ def test_a_change_of_mechanism_or_model_is_found(place):
     name, before, after = difference
     assert name.lstrip("-") in (place, *FLAG_PLACES) and FLAG_PLACES.get(name[2:], place) == place
     assert (before, after) == (planned[table][key], another(place))
+
+
+def test_a_path_in_another_spelling_has_not_changed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "others"):
+        (tmp_path / name).mkdir()
+    planned = tables(configure("data.public=photos"))
+    for same in ("./photos/", f"{tmp_path}/photos", "others/../photos"):
+        assert configure(f"data.public={same}").changed(planned) is None
+    assert configure("data.public=others").changed(planned) == ("--public-data", "photos", "others")
+    assert configure("data.public=none").changed(planned) == ("--public-data", "photos", "none")
 
 
 @pytest.mark.parametrize("name", presets.preset_names())

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+import sample
 import train
 from runtime import distributed
 from runtime.checkpoints import load_checkpoint
-from tiny import arguments, assert_poisson_sampled
+from tiny import arguments, assert_poisson_sampled, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -45,18 +46,43 @@ def test_without_torchrun_nothing_changes():
     assert weight.grad.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("environment, first", [
-    ({}, True), ({"RANK": "1"}, True),   # some schedulers set RANK for every program
-    ({"RANK": "0", "WORLD_SIZE": "2"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)])
-def test_the_first_process_writes(monkeypatch, capsys, environment, first):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.is_first_process() == first
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_writes(as_process, capsys, rank):
+    as_process(rank)
+    assert distributed.is_first_process() == (rank == 0)
     for _ in range(2):
-        distributed.log_once(f"a line about {environment}")
-    assert capsys.readouterr().out.count("a line") == first
+        distributed.log_once(f"a line of process {rank}")
+    assert capsys.readouterr().out.count("a line") == (rank == 0)
+
+
+@pytest.fixture(params=[
+    {"RANK": "1"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"WORLD_SIZE": "two", "RANK": ""},
+    {"WORLD_SIZE": "", "RANK": ""}, {"WORLD_SIZE": "", "TORCHELASTIC_RUN_ID": "of a parent"},
+    {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}],
+    ids=str)
+def left_over(request, monkeypatch) -> dict[str, str]:
+    """What a cluster has left in the environment, though torchrun has not started the program."""
+    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in request.param.items():
+        monkeypatch.setenv(name, value)
+    return request.param
+
+
+def test_a_program_that_works_alone_ignores_left_overs(private, tmp_path, left_over, capsys):
+    sample.main([str(private), "--npz", str(tmp_path / "s.npz"), "--count", "2", "--steps", "1"])
+    assert "wrote 2 images" in capsys.readouterr().out and (tmp_path / "s.npz").exists()
+    assert "a.pt does not exist" in refuse(capsys, sample.main, [
+        tmp_path / "a.pt", "--npz", tmp_path / "t.npz"])
+
+
+def test_left_overs_never_make_several_private_runs(public, tmp_path, left_over, capsys):
+    if left_over.get("WORLD_SIZE"):
+        assert "unset WORLD_SIZE" in refuse(capsys, train.main, arguments(public, tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    else:
+        train.main(arguments(public, tmp_path / "out", "--epochs", 1))
+        assert (tmp_path / "out/private-eps3.pt").exists()
 
 
 # ---- functions of two processes ----------------------------------------------------------------
@@ -225,7 +251,7 @@ def test_two_processes_do_both_stages_as_one_run(public, tmp_path):
     done = torchrun("train.py", *command)
     assert done.returncode == 0, done.stderr
     bars = re.findall(r"autoencoder: +0%.*0/2 \[00:00<\?, \?it/s\]", done.stderr)   # each begins so
-    assert done.stdout.count("public stage: 12 images") == 1 and len(bars) == 1
+    assert done.stdout.count("public stage: autoencoder") == 1 and len(bars) == 1
     assert done.stdout.count("private stage: N = 24") == 1
     train.main([*command, "--public-checkpoint", str(tmp_path / "two/public.pt"),
                 "--out", str(tmp_path / "one")])

@@ -1,15 +1,20 @@
 """Files are whole or absent; arrays come back as they were, and damaged ones are refused."""
 
+import errno
 import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from runtime.checkpoints import save_checkpoint
 from runtime.files import array_names, atomic_write, read_arrays, save_arrays
+from runtime.pictures import save_grid
+from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
@@ -58,6 +63,40 @@ def test_an_exception_leaves_the_old_file(tmp_path, error, when):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+WRITERS = {
+    "bytes": lambda path: write_bytes(path, bytes(50_000)),
+    "few bytes": lambda path: write_bytes(path, bytes(1_500)),   # less than a buffer
+    "arrays": lambda path: save_arrays(path, images=IMAGES),
+    "picture": lambda path: save_grid(path, [("", IMAGES[None], ["a"])]),
+    "checkpoint": lambda path: save_checkpoint(path, tiny_model(), classes=["a"])}
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk, kind):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with full_disk(1_000), pytest.raises(OSError) as caught:
+        WRITERS[kind](path)
+    assert str(caught.value) == f"{path} cannot be written: File too large"
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_at_the_last_moment_is_named(tmp_path, monkeypatch):
+    """Some file systems notice a full disk only when the bytes must be there."""
+    def fail(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="file cannot be written: No space left on device"):
+        write_bytes(tmp_path / "file", b"new")
+    assert not list(tmp_path.iterdir())
+
+
 KILLED = """
 import os, pathlib, signal, sys
 from runtime.files import atomic_write
@@ -80,10 +119,9 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, written in (("1", False), ("0", True)):
-        monkeypatch.setenv("RANK", rank)
+def test_only_the_first_process_writes(tmp_path, as_process):
+    for rank, written in ((1, False), (0, True)):
+        as_process(rank)
         with atomic_write(tmp_path / "file") as file:
             file.write(b"content")
         assert (tmp_path / "file").exists() == written
@@ -117,6 +155,16 @@ def test_what_is_no_npz_is_refused(tmp_path, read, content):
 def test_pickled_objects_are_never_loaded(tmp_path):
     np.savez(tmp_path / "mine.npz", images=np.array([{}], object))
     with pytest.raises(ValueError, match="mine.npz is no readable .npz of images"):
+        read_arrays(tmp_path / "mine.npz", ["images"])
+
+
+def test_arrays_larger_than_memory_are_refused(tmp_path):
+    claim = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        claim, dict(descr="|u1", fortran_order=False, shape=(10**15,)))
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        archive.writestr("images.npy", claim.getvalue())
+    with pytest.raises(ValueError, match="mine.npz is no readable .npz of images: .*allocate"):
         read_arrays(tmp_path / "mine.npz", ["images"])
 
 

@@ -1,8 +1,10 @@
 """Images are known by their content: the public ones for good, the private ones until the end."""
 
 import json
+import shutil
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,23 +54,30 @@ def test_public_images_by_another_name_stay_public(public, private, tmp_path, ca
 
 # ---- private images ----------------------------------------------------------------------------
 
+@pytest.fixture(autouse=True)
+def no_state(state):
+    """No test finds what another one remembered."""
+    shutil.rmtree(state, ignore_errors=True)
+
+
 @pytest.mark.parametrize("change", [
     {"images": IMAGES ^ (np.arange(4) == 2).astype(np.uint8).reshape(4, 1, 1, 1)},
     {"labels": np.array([0, 1, 1, 0])}, {"captions": ["one", "two", "three", "five"]},
     {"captions": None}])
 def test_each_part_of_private_data_is_remembered(tmp_path, change):
     unfinished = tmp_path / "a.unfinished.pt"
-    fingerprint.keep_data(unfinished, DATA, resumed=False)
-    fingerprint.keep_data(unfinished, replace(DATA), resumed=True)
+    fingerprint.keep_data(unfinished, "name", DATA, resumed=False)
+    fingerprint.keep_data(unfinished, "name", replace(DATA), resumed=True)
     with pytest.raises(ValueError, match="the data have changed"):
-        fingerprint.keep_data(unfinished, replace(DATA, **change), resumed=True)
+        fingerprint.keep_data(unfinished, "name", replace(DATA, **change), resumed=True)
 
 
 def test_key_and_digest_are_for_the_user_alone(tmp_path, state):
     found = []
     for name in "ab":
-        fingerprint.keep_data(tmp_path / name, DATA, resumed=False)
-        path = fingerprint.state_file(tmp_path / name)
+        handle = fingerprint.new_handle()
+        fingerprint.keep_data(tmp_path / name, handle, DATA, resumed=False)
+        path = fingerprint.state_file(handle)
         assert path.parent == state and stat.S_IMODE(path.stat().st_mode) == 0o600
         found.append(json.loads(path.read_text()))
     assert len(found[0]["key"]) == 64 and found[0]["key"] != found[1]["key"]
@@ -78,14 +87,14 @@ def test_key_and_digest_are_for_the_user_alone(tmp_path, state):
 def test_a_new_run_takes_no_older_file_for_its_own(tmp_path):
     unfinished = tmp_path / "a.unfinished.pt"
     unfinished.write_bytes(b"of other data")
-    fingerprint.keep_data(unfinished, DATA, resumed=False)
+    fingerprint.keep_data(unfinished, "name", DATA, resumed=False)
     assert not unfinished.exists()
 
 
 def test_without_a_state_folder_runs_say_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    fingerprint.keep_data(tmp_path / "a.pt", DATA, resumed=False)
+    fingerprint.keep_data(tmp_path / "a.pt", "name", DATA, resumed=False)
     assert "--resume will not notice" in capsys.readouterr().out
 
 
@@ -99,7 +108,7 @@ def test_a_resumed_run_has_the_images_it_began_with(public, tmp_path, in_step, c
     with pytest.raises(RuntimeError):
         train.main(command)
     unfinished = tmp_path / "out/private-eps3.unfinished.pt"
-    state = fingerprint.state_file(unfinished)
+    state = fingerprint.state_file(fingerprint.handle_of(unfinished))
     content = json.loads(state.read_text())
     for path in (tmp_path / "out").iterdir():
         for secret in (content["key"], content["digest"]):
@@ -127,3 +136,69 @@ def test_on_another_machine_data_go_unchecked(public, tmp_path, in_step, capsys,
     train.main(arguments(public, tmp_path / "out", "--resume"))
     assert capsys.readouterr().out.count("could not be checked") == 1
     assert (tmp_path / "out/private-eps3.pt").exists()
+
+
+# ---- moved -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def begun(tmp_path, public, in_step, monkeypatch) -> list[str]:
+    """The command of a run that broke off: its folder and its data are ones of this folder."""
+    def crash() -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", [12, 12], seed=1)
+    shutil.copytree(public / "public-images", "letters")
+    in_step(3, crash)
+    command = [*arguments(public, "out"), "--private-data", "photos", "--public-data", "letters"]
+    with pytest.raises(RuntimeError):
+        train.main(command)
+    return command
+
+
+def stays(tmp_path: Path) -> list[str]:
+    return ["--out", "./out", "--private-data", "./photos/", "--public-data", f"{tmp_path}/letters"]
+
+
+def moves(tmp_path: Path) -> list[str]:
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "photos").rename(tmp_path / "pictures")
+    return ["--out", "moved", "--private-data", "pictures"]
+
+
+def links(tmp_path: Path) -> list[str]:
+    (tmp_path / "link").symlink_to("photos")
+    return ["--private-data", "link"]
+
+
+@pytest.mark.parametrize("change", [stays, moves, links])
+def test_a_run_goes_on_wherever_its_files_lie(tmp_path, begun, capsys, state, change):
+    capsys.readouterr()
+    command = [*begun, "--resume", *change(tmp_path)]
+    train.main(command)
+    printed = capsys.readouterr().out
+    assert "going on with" in printed and "could not be checked" not in printed
+    assert not list(state.iterdir())
+
+
+@pytest.mark.parametrize("change", [stays, moves])
+def test_a_moved_run_refuses_other_data(tmp_path, begun, capsys, change):
+    command = [*begun, "--resume", *change(tmp_path)]
+    folder = command[command.index("--resume") + 4]
+    shutil.rmtree(folder)
+    write_images(tmp_path / folder, [12, 12], seed=2)
+    capsys.readouterr()
+    assert "the data have changed" in refuse(capsys, train.main, command)
+
+
+def test_on_another_machine_moved_data_are_refused(tmp_path, begun, capsys, state):
+    shutil.rmtree(state)
+    capsys.readouterr()
+    message = refuse(capsys, train.main, [*begun, "--resume", *moves(tmp_path)])
+    assert "begun with --private-data photos, not pictures" in message
+
+
+def test_a_new_run_forgets_the_data_of_the_old_one(begun, state):
+    [old] = state.iterdir()
+    train.main([*begun, "--overwrite", "--epochs", "1"])
+    assert not old.exists() and not list(state.iterdir())

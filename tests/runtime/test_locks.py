@@ -61,10 +61,9 @@ def test_a_lock_on_a_deleted_file_does_not_count(tmp_path, monkeypatch):
         assert_locked(tmp_path / "model.pt")
 
 
-def test_the_first_of_several_processes_locks(tmp_path, monkeypatch):
+def test_the_first_of_several_processes_locks(tmp_path, as_process):
     with locked(tmp_path / "model.pt"):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setenv("RANK", "1")
+        as_process(1)
         with locked(tmp_path / "model.pt"):
             pass
 
@@ -131,6 +130,6 @@ def test_a_crash_between_record_and_checkpoint_is_resumed(public, tmp_path, in_s
     in_step(6, crash)
     with pytest.raises(RuntimeError):
         train.main(arguments(public, tmp_path))
-    (tmp_path / "private-eps3.privacy.json").write_text("{}")
+    (tmp_path / "private-eps3.privacy.json").write_text('{"guarantee": ""}')
     train.main(arguments(public, tmp_path, "--resume"))
     assert load_checkpoint(tmp_path / "private-eps3.pt")[1]["ledger"][0]["steps"] == 12

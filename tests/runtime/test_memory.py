@@ -29,7 +29,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable:
 
     monkeypatch.setattr(memory.sys, "platform", "linux")
     monkeypatch.setattr(memory.resource, "getrusage", peak)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     return with_memory
 
 
@@ -50,9 +49,13 @@ def test_the_physical_batch_fits_into_half_of_the_memory(machine, total, expecte
     assert 10 * max(sizes) <= max(10, total / 2)   # not even tried beyond
 
 
-def test_torchrun_s_processes_share_the_memory(machine, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert largest(machine(400 * MB), most=50) == 4
+@pytest.mark.parametrize("environment, expected", [
+    ({"TORCHELASTIC_RUN_ID": "torchrun has started this"}, 4),
+    ({}, 16)])   # a cluster has left WORLD_SIZE behind
+def test_torchrun_s_processes_share_the_memory(machine, monkeypatch, environment, expected):
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert largest(machine(400 * MB), most=50) == expected
 
 
 @pytest.mark.parametrize("platform, factor", [("linux", 1024), ("darwin", 1)])

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
-from runtime.pictures import rows_by_caption, rows_by_class, save_grid
+from runtime.pictures import legible, rows_by_caption, rows_by_class, save_grid
 
 EIGHT = SimpleNamespace(
     images=np.arange(8, dtype=np.uint8).reshape(8, 1, 1, 1), labels=np.array([1, 0] * 3 + [2, 0]),
@@ -44,11 +44,47 @@ def test_row_names_make_room(tmp_path):
 
 def test_the_caption_goes_below_in_lines(tmp_path):
     images = np.zeros((1, 20, 8, 8, 1), np.uint8)
-    sizes = [size_of(tmp_path / "grid.png", [("", images, [""])], "word " * count)
+    sizes = [size_of(tmp_path / "grid.png", [("", images, [""])], "word\n" * count)
              for count in (0, 1, 20)]
     assert len({width for width, _ in sizes}) == 1
     without, one_line, many = (height for _, height in sizes)
     assert one_line == without + 18 + 8 and many >= one_line + 4 * 18
+
+
+@pytest.mark.parametrize("name, shown", [
+    ("It's 50% ~ {a}", "It's 50% ~ {a}"),
+    ("猫", "U+732B"),
+    ("café", "cafU+00E9"),
+    ("cafe\u0301", "cafU+00E9"),     # the same in two characters
+    ("two\nlines\t", "twoU+000AlinesU+0009"),
+    ("\0\x7f\u200b", "U+0000U+007FU+200B"),
+    ("\U0001f600", "U+1F600"),
+    ("\udcff", "U+DCFF"),            # a byte that is no UTF-8, in the name of a folder
+    ("\u202e\u05d0", "U+202EU+05D0"),
+    ("", "")])
+def test_what_the_font_lacks_is_spelled(name, shown):
+    assert legible(name, ImageFont.load_default(14)) == shown
+
+
+def test_a_long_name_keeps_both_ends():
+    font = ImageFont.load_default(14)
+    assert legible("x" * 100, font) == "x" * 100
+    shortened = legible("first" + "猫" * 5_000 + "last", font)
+    assert len(shortened) == 100 and "..." in shortened
+    assert shortened.startswith("firstU+732B") and shortened.endswith("U+732Blast")
+
+
+@pytest.mark.parametrize("place", ["title", "name", "caption"])
+def test_every_text_in_a_grid_is_legible(tmp_path, place):
+    def picture(shown: str) -> np.ndarray:
+        texts = {"title": "", "name": "", "caption": "", place: shown}
+        panel = texts["title"], np.zeros((2, 20, 8, 8, 1), np.uint8), ["", texts["name"]]
+        save_grid(tmp_path / "grid.png", [panel], texts["caption"])
+        with Image.open(tmp_path / "grid.png") as image:
+            return np.asarray(image)
+
+    assert np.array_equal(picture("a猫\0b"), picture("aU+732BU+0000b"))
+    assert max(picture("x " * 10**5).shape) < 2_000
 
 
 def test_rows_by_class_repeat_what_is_too_few():

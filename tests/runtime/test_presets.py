@@ -91,7 +91,8 @@ def test_an_unknown_preset_is_refused_with_the_nearest(name, words):
     assert words in complaint(presets.read_preset, name)
 
 
-@pytest.mark.parametrize("content", [b"[unet", b"[unet]\nnum_heads = \xff"])
+@pytest.mark.parametrize("content", [
+    b"[unet", b"[unet]\nnum_heads = \xff", b"x = " + b"[" * 10**5], ids=["cut", "bytes", "nested"])
 def test_a_damaged_preset_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setattr(presets, "PRESETS", tmp_path)
     (tmp_path / "mine.toml").write_bytes(content)
@@ -112,10 +113,17 @@ def test_what_is_no_assignment_is_refused(text):
     assert f"{text!r} is not table.key=value" in complaint(presets.read_assignment, text)
 
 
+def test_a_nested_assignment_is_refused():
+    message = complaint(presets.read_assignment, f"unet.num_heads={'[' * 10**5}")
+    assert message == "unet.num_heads is nested too deeply"
+
+
 @pytest.mark.parametrize("tables, value", [
+    ({"data": {"public": "~/photos"}}, "/home of/me/photos"), ({"run": {"out": "a~"}}, "a~"),
     ({"private": {"lr": 1}}, 1.0), ({"run": {"physical_batch": 64}}, "64"),
     ({"vae": {"ch_mult": [1, 2]}}, (1, 2)), ({"samples": {"prompts": []}}, ())])
-def test_a_value_gets_the_setting_s_type(tables, value):
+def test_a_value_gets_the_setting_s_type(monkeypatch, tables, value):
+    monkeypatch.setenv("HOME", "/home of/me")
     config, [(table, values)] = Config(), tables.items()
     presets.apply(config, tables, "here")
     [key] = values

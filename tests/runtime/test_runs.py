@@ -22,7 +22,7 @@ import sample
 import train
 from accountant import in_words
 from ldm import EMA
-from runtime import runs
+from runtime import fingerprint, runs
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import one_line_errors
 from runtime.ledger import all_epsilons, spent_epsilon
@@ -229,6 +229,34 @@ def test_weights_that_are_not_finite_are_not_saved(public, tmp_path, monkeypatch
     assert not (tmp_path / "private-eps3.pt").exists()
 
 
+@pytest.mark.parametrize("stage, steps, rate", [
+    ("private", STEPS, "--private-lr"), ("public", 2, "public.lr"),
+    ("public", 3, "autoencoder.lr")])
+def test_networks_that_give_no_numbers_are_not_saved(public, tmp_path, monkeypatch, capsys, stage,
+                                                     steps, rate):
+    """A huge step leaves weights that are all finite."""
+    monkeypatch.setattr(train, "lr_factor", lambda step, total: 1e20 if total == steps else 1.0)
+    model = public / "public.pt" if stage == "private" else tmp_path / "public.pt"
+    command = arguments(public, tmp_path, "--stage", stage, "--public-checkpoint", model,
+                        "--save-every", 99, "--set", "autoencoder.steps=3")
+    with pytest.raises(ValueError, match=f"nothing is saved: give a lower {rate}"):
+        train.main(command)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {"public.pt", "private-eps3.pt"} and (rate == "public.lr") == (
+        "autoencoder.pt" in left)
+
+
+@pytest.mark.parametrize("name", ["unet.out.2.weight", "vae.post_quant_conv.weight",
+                                  "embedder.embedding.weight", "latent_scale", "embedder.scale"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_each_part_of_a_model_must_be_finite(name, value):
+    model = tiny_model().float()
+    runs.check_finite(model, "--private-lr")
+    model.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match="give a lower --private-lr"):
+        runs.check_finite(model, "--private-lr")
+
+
 def test_nothing_is_overwritten_unless_asked_for(public, private, capsys):
     before = contents(private.parent)
     for more in ([], ["--stage", "public"]):
@@ -317,6 +345,7 @@ def course(public, tmp_path, monkeypatch, capsys, in_step) -> Callable:
     The run crashes in its 6th step and is taken up again. parts: drop-ins in train_private.
     """
     load_images, train_private = train.load_images, train.train_private
+    monkeypatch.setattr(fingerprint.secrets, "token_hex", "{:064}".format)   # no name is random
     # Every state of a bar is printed.
     monkeypatch.setattr(train, "trange", functools.partial(train.trange, mininterval=0))
     monkeypatch.setattr(sample, "tqdm", functools.partial(sample.tqdm, mininterval=0))

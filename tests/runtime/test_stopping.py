@@ -57,6 +57,9 @@ def test_a_closed_terminal_does_not_hinder_stopping(monkeypatch, number):
         def write(self, text: str) -> None:
             raise OSError(5, "Input/output error")
 
+        def flush(self) -> None:
+            self.write("")
+
     monkeypatch.setattr(sys, "stderr", Closed())
     with pytest.raises(SystemExit) as stop, one_line_errors(), stop_after_step() as asked:
         os.kill(os.getpid(), number)

@@ -248,6 +248,16 @@ def test_another_shape_is_refused(model, tmp_path, key):
     assert "its architecture is not the model's" in refusal(write(tmp_path / "a.ckpt", state))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["scale_factor", "first_stage_model.decoder.conv_in.bias",
+                                 "model_ema.diffusion_modelout2weight",
+                                 "cond_stage_model.embedding.weight"])
+def test_numbers_that_are_not_finite_are_refused(model, tmp_path, key, value):
+    state = official_state(model)
+    state[key].view(-1)[-1] = value
+    assert "numbers that are not finite" in refusal(write(tmp_path / "a.ckpt", state))
+
+
 def test_a_refused_file_leaves_the_model_as_it_was(model, tmp_path):
     own = copy.deepcopy(model)
     state = official_state(model) | {"model.diffusion_model.stranger": torch.zeros(2)}
