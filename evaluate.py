@@ -13,21 +13,27 @@ tenths of the *synthetic* images. The last tenth decides which of about ten snap
 finished classifier sees the real test images once, for the number that is reported.
 --real-baseline does the same with the real training images.
 
+Classes are matched by name. Samples of a model without classes get distances and no accuracy.
+
 What is measured on private images is not covered by epsilon: accuracies, distances, and the
 statistics in data/cache.
 """
+
+if __name__ == "__main__":   # Ctrl-C while packages load
+    import runtime.quiet  # noqa: F401
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +52,7 @@ from datasets import Dataset, download, rendered
 from ldm import lr_factor, normalize_images
 from runtime.cli import Parser, find_device, one_line_errors
 from runtime.files import array_names, atomic_write, read_arrays
+from runtime.outputs import check_outputs, check_suffix
 from variants.fid import frechet_distance, inception_features, mean_and_covariance
 
 
@@ -350,16 +357,20 @@ def distances(args: argparse.Namespace, real: Dataset | None, test: Dataset,
 class Source(NamedTuple):
     """Images to train classifiers on: a row of the table."""
     name: str
-    train: Dataset
-    origin: dict   # what sample.py says of them, or {"real": True}
+    train: Dataset   # without classes if they are samples of a model without classes
+    origin: dict     # what sample.py says of them, or {"real": True}
 
 
-def load_synthetic(path: Path) -> Source:
-    """An .npz of sample.py. ValueError naming the file if it is not one."""
+def load_synthetic(path: Path, by_number: bool) -> Source:
+    """An .npz of sample.py. ValueError naming the file if it is not one.
+
+    by_number: see class_names.
+    """
     images, labels = read_arrays(path)
     integers = labels.dtype.kind in "iu" and labels.shape == (len(images),)
     pictures = images.dtype == np.uint8 and images.ndim == 4
-    if not (pictures and integers and len(labels) >= 10 and labels.min() >= 0):
+    if not (pictures and integers and len(labels) >= 10
+            and labels.astype(np.int64).min() >= 0):   # beyond int64 they turn negative
         raise ValueError(f"{path} must hold uint8 images [n, H, W, C] and integer labels [n] from "
                          "0 up, at least 10")
     try:
@@ -371,7 +382,62 @@ def load_synthetic(path: Path) -> Source:
     if origin.get("prompts"):
         raise ValueError(f"{path} holds samples of captions: their labels number the prompts, and "
                          "are no classes")
-    return Source(path.stem, Dataset(images, labels.astype(np.int64), []), origin)
+    classes = class_names(path, labels, by_number)
+    return Source(path.stem, Dataset(images, labels.astype(np.int64), classes), origin)
+
+
+def class_names(path: Path, labels: np.ndarray, by_number: bool) -> list[str]:
+    """What the labels of an .npz of sample.py are labels of: nothing if it lists no classes.
+
+    by_number: names may be missing, and are made up then. Labels that are all 0 are taken for those
+    of a model without classes. ValueError naming the file for missing or strange names.
+    """
+    if "classes" not in array_names(path):
+        if not by_number:
+            raise ValueError(f"{path} does not name its classes: sample again, or add --by-number "
+                             "if its labels number the classes of --real")
+        return [str(k) for k in np.unique(labels)] if labels.any() else []
+    names, = read_arrays(path, ("classes",))
+    strings = names.ndim == 1 and (names.dtype.kind == "U" or not names.size)
+    if not strings or 0 < names.size <= labels.max():
+        raise ValueError(f"{path} has an entry 'classes' that is not sample.py's: give one name "
+                         "for each label")
+    return names.tolist()
+
+
+def with_classes_of(test: Dataset, source: Source, args: argparse.Namespace) -> Source:
+    """The source with labels that number the classes of `test`, matched by name.
+
+    With --by-number they do so already. ValueError if they cannot.
+    """
+    labels, classes = source.train.labels, source.train.classes
+    if not classes:
+        return source
+    if args.by_number:
+        if labels.max() >= len(test.classes):
+            raise ValueError(f"{source.name} has more classes than the {len(test.classes)} of "
+                             f"{args.real}")
+        return source._replace(train=replace(source.train, classes=test.classes))
+    # One letter may be spelled in two ways, and systems differ in which one files have.
+    own, wanted = ([unicodedata.normalize("NFC", name) for name in names]
+                   for names in (classes, test.classes))
+    for whose, names in ((source.name, own), (args.real, wanted)):
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{whose} has two classes called {some_of(twice)}")
+    strangers = [f"{some_of(names)} only in {whose}" for whose, names in (
+        (source.name, {*own} - {*wanted}), (args.real, {*wanted} - {*own})) if names]
+    if strangers:
+        raise ValueError(f"the classes of {source.name} are not those of {args.real} "
+                         f"({'; '.join(strangers)}): add --by-number if their numbers agree")
+    numbers = np.array([wanted.index(name) for name in own])
+    train = replace(source.train, labels=numbers[labels], classes=test.classes)
+    return source._replace(train=train)
+
+
+def some_of(names: Iterable[str]) -> str:
+    """A few names for a message, each on one line."""
+    names = sorted(names)
+    return ", ".join([*(repr(name) for name in names[:4]), "..."][:len(names)])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -380,6 +446,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("synthetic", nargs="*", type=Path, help=".npz files of sample.py")
     add("--real", default="digits", help="digits (default), mnist, ..., or a folder or zip")
     add("--data-dir", default="data", help="folder of the files of named data sets")
+    add("--by-number", action="store_true",
+        help="labels of samples number the classes of --real: do not match names")
     add("--real-baseline", action="store_true", help="also train on the real training images")
     add("--classifiers", nargs="+", choices=RECIPES, default=["small-cnn"],
         help="small-cnn (default, quick), logreg, mlp, cnn (DPDM's, for results), wrn")
@@ -413,12 +481,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--seeds and --steps must be at least 1, --epochs positive")
     if args.json and args.json.exists() and not args.overwrite:
         raise ValueError(f"{args.json} exists: give another name, or --overwrite")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.json.parent, os.W_OK):
-            raise ValueError(f"{args.json} cannot be written: give another name")
     if args.download and not args.inception:
         raise ValueError("--download needs --inception FILE, where to put the network")
+    check_suffix(args.json, ".json")
+    network = [args.inception] if args.inception else []
+    fetched = network if args.download and not args.inception.exists() else []
+    check_outputs([*([args.json] if args.json else []), *fetched],
+                  [*args.synthetic, args.real, *network])
 
 
 def load_images(args: argparse.Namespace) -> tuple[list[Source], Dataset | None, Dataset]:
@@ -426,29 +495,50 @@ def load_images(args: argparse.Namespace) -> tuple[list[Source], Dataset | None,
 
     ValueError for images that do not go together.
     """
-    sources = [load_synthetic(path) for path in args.synthetic]
+    sources = [load_synthetic(path, args.by_number) for path in args.synthetic]
     _, size, _, channels = sources[0].train.images.shape if sources else (0, 32, 32, 1)
     test = datasets.load(args.real, "test", args.data_dir, size, channels)
     real = None
     if args.real_baseline or args.inception or args.frechet:
         real = datasets.load(args.real, "train", args.data_dir, size, channels)
+    for flag, wanted, images in (("inception", "training", real), ("frechet", "test", test)):
+        if vars(args)[flag] and len(images.labels) < 2:   # one has no covariance
+            raise ValueError(f"--{flag} needs at least two {wanted} images, and {args.real} has "
+                             f"{len(images.labels)}")
     if args.real_baseline:
         sources.append(Source(f"real {args.real}", real, {"real": True}))
-    for name, train, _ in sources:
-        same_size = train.images.shape[1:] == test.images.shape[1:]
-        if not same_size or train.labels.max() >= len(test.classes):
-            raise ValueError(f"{name} has other image sizes or more classes than the real images "
-                             f"of {args.real}")
-        if len(train.labels) < 10:
-            raise ValueError(f"{name} has {len(train.labels)} images: a tenth of them is held out, "
-                             "so give at least 10")
+    for source in sources:
+        check_source(source, test, args)
+    sources = [with_classes_of(test, source, args) for source in sources]
+    for name, train, origin in sources:
+        seen = {*np.unique(train.labels)}
+        missing = [c for k, c in enumerate(train.classes) if k not in seen]
+        if missing and not origin.get("real"):   # of real ones, datasets.load has said so
+            print(f"{name} has no image of {some_of(missing)}")
     return sources, real, test
 
 
+def check_source(source: Source, test: Dataset, args: argparse.Namespace) -> None:
+    """ValueError unless the images have the size of the test images and can be worked with."""
+    name, train, _ = source
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(f"{name} has images of the shape {train.images.shape[1:]}, where those of "
+                         f"{args.real} are converted to {test.images.shape[1:]}")
+    if len(train.labels) < 10:
+        raise ValueError(f"{name} has {len(train.labels)} images: a tenth of them is held out, "
+                         "so give at least 10")
+    if not (train.classes or args.inception or args.frechet):
+        raise ValueError(f"{name} holds samples of a model without classes, which have no accuracy:"
+                         " add --inception or --frechet")
+
+
 def measure(train: Dataset, test: Dataset, args: argparse.Namespace) -> dict:
-    """{classifier: accuracies of all seeds, their mean and spread, steps and seconds}."""
+    """{classifier: accuracies of all seeds, their mean and spread, steps and seconds}.
+
+    Images without classes have none.
+    """
     measured = {}
-    for name in args.classifiers:
+    for name in args.classifiers if train.classes else ():
         steps = args.steps
         if args.epochs:
             kept = len(train.labels) - len(train.labels) // 10
@@ -477,13 +567,15 @@ def print_row(cells: list[str]) -> None:
     print(row + "".join(f"{cell:>19}" for cell in cells[3:]), flush=True)
 
 
-def result_cells(result: dict, measures: list[Distance]) -> list[str]:
+def result_cells(result: dict, classifiers: list[str], measures: list[Distance]) -> list[str]:
     """The row of the table that one of the report's results makes."""
     epsilon = result["origin"].get("epsilon")
     cells = [result["name"], f"{result['images']:,}", in_words(epsilon, 3) if epsilon else "-"]
     for found in result["accuracy"].values():
         spread = "" if found["spread"] is None else f" +- {found['spread']:.2%}"
         cells.append(f"{found['mean']:.2%}{spread}")
+    if not result["accuracy"]:
+        cells += ["-"] * len(classifiers)
     return cells + [f"{result[m.name]:.2f}" for m in measures if m.name in result]
 
 
@@ -502,10 +594,10 @@ def main(argv: list[str] | None = None, inception: NetworkFile = INCEPTION) -> N
     for name, train, origin in sources:
         result = dict(name=name, images=len(train.labels), origin=origin,
                       accuracy=measure(train, test, args))
-        if train is not real:   # to themselves, the real images have no distance
+        if not origin.get("real"):   # to themselves, the real images have no distance
             result |= {distance.name: distance.to(train.images) for distance in measures}
         report["results"].append(result)
-        print_row(result_cells(result, measures))
+        print_row(result_cells(result, args.classifiers, measures))
         if args.json:   # after every row: hours of work may follow
             with atomic_write(args.json) as file:
                 file.write(json.dumps(report, indent=1).encode())

@@ -44,7 +44,8 @@ def main() -> None:
                      for a, b in zip(images, real.images, strict=True)])
     variances = ", ".join(f"{v:.2f}" for v in z_0.var((0, 2, 3)).tolist())
     print(f"mean squared error {error:.5f}; variances of the channels of the latents: {variances}")
-    save_arrays(args.npz, images=images, labels=real.labels)
+    save_arrays(args.npz, images=images, labels=real.labels,
+                classes=np.array(real.classes, str))
     print(f"wrote {len(images):,} images to {args.npz}")
 
 

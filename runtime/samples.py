@@ -10,6 +10,7 @@ import torch
 from accountant import in_words
 from ldm import LatentDiffusion, ddim_sample
 from runtime.config import Config
+from runtime.files import UNREADABLE
 from runtime.ledger import is_seeded, spent_epsilon
 from runtime.pictures import save_grid
 from variants.solvers import dpm_solver_2m
@@ -70,13 +71,13 @@ def caption(origins: list[dict], results: Path | None) -> str:
         head = (f"Accuracy on {report['test_images']:,} real test images of classifiers trained on "
                 f"{'; '.join(parts)} (mean of {report['seeds']}).")
         known = any(row["origin"].get("sha256") in shown for row in report["results"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, AttributeError) as error:
         raise ValueError(
             f"{results} is no readable file of evaluate.py --json: {error!r}") from error
     if not known:
         raise ValueError(f"{results} is about other checkpoints: evaluate samples of these "
                          "(sample.py --npz) first")
-    return text + head
+    return text + head if parts else text
 
 
 def accuracies(report: dict, shown: dict[str, str]) -> list[tuple[str, str]]:
@@ -86,5 +87,6 @@ def accuracies(report: dict, shown: dict[str, str]) -> list[tuple[str, str]]:
         origin = row["origin"]
         if origin.get("sha256") in shown or origin.get("real"):
             scores = ", ".join(f"{name} {a['mean']:.2%}" for name, a in row["accuracy"].items())
-            rows.append((shown.get(origin.get("sha256"), "real images"), scores))
+            if scores:   # samples without classes have none
+                rows.append((shown.get(origin.get("sha256"), "real images"), scores))
     return rows

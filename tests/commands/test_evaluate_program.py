@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,11 @@ def stand_in(folder):
 
 
 def write_samples(path: Path, size: int = 32, labels: object = np.arange(40) % 10,
-                  origin: str = "{}") -> Path:
-    """An .npz as sample.py writes it."""
+                  origin: str = "{}", classes: object = list("0123456789")) -> Path:
+    """An .npz as sample.py writes it, or without classes."""
     images = np.random.default_rng(0).integers(0, 256, (40, size, size, 1), np.uint8)
-    np.savez(path, images=images, labels=labels, origin=np.array(origin))
+    named = {} if classes is None else {"classes": np.array(classes)}
+    np.savez(path, images=images, labels=labels, origin=np.array(origin), **named)
     return path
 
 
@@ -80,7 +82,7 @@ def run(*arguments: object, inception: evaluate.NetworkFile = evaluate.INCEPTION
 
 
 def table(printed: str) -> list[list[str]]:
-    return [line.split() for line in printed.splitlines()[1:]]
+    return [line.split() for line in printed[printed.index("training images"):].splitlines()]
 
 
 # ---- distances ---------------------------------------------------------------------------------
@@ -144,6 +146,97 @@ def test_a_failed_download_names_address_and_place(stand_in, folder):
         evaluate.fetch_inception(folder / "missing.pt", stand_in)
 
 
+def test_samples_without_classes_have_distances_only(folder, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "train_classifier", None)
+    quick = functools.partial(evaluate.train_feature_classifier, steps=5)
+    monkeypatch.setattr(evaluate, "train_feature_classifier", quick)
+    zeros = np.zeros(40, np.int64)
+    write_samples(folder / "all.npz", labels=zeros, classes=np.array([], str))
+    write_samples(folder / "nameless.npz", labels=zeros, classes=None)
+    for arguments in (["all.npz"], ["all.npz", "--by-number"], ["nameless.npz", "--by-number"]):
+        [row] = run(*arguments, "--frechet", "--classifiers", "logreg", "mlp")["results"]
+        assert row["accuracy"] == {} and row["Frechet"] > 0
+        line = table(capsys.readouterr().out)[-1]
+        assert line[1:-1] == ["40", "-", "-", "-"] and float(line[-1]) > 0
+
+
+# ---- classes -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def evaluated(folder, monkeypatch) -> Callable:
+    """evaluated(own, real, *flags): what classifiers get of samples of the classes `own`.
+
+    There are four of each. Real images of the classes `real` have the labels `numbers`,
+    or one of each.
+    """
+    def labels_and_classes(own: list | None, real: list, *flags: str,
+                           numbers: list | None = None) -> tuple[list[int], list[str]]:
+        given, labels = [], np.arange(len(real)) if numbers is None else np.array(numbers)
+        made = datasets.Dataset(np.zeros((len(labels), 32, 32, 1), np.uint8), labels, real)
+        monkeypatch.setattr(datasets, "load", lambda *args: made)
+        monkeypatch.setattr(evaluate, "measure", lambda train, *others: given.append(train) or {})
+        write_samples(folder / "s.npz", labels=np.arange(40) // 4, classes=own)
+        evaluate.main(["s.npz", "--real", "photos", *flags])
+        return given[0].labels[::4].tolist(), given[0].classes
+
+    return labels_and_classes
+
+
+TEN = sorted(map(str, range(1, 11)))   # 1, 10, 2, ...
+
+
+@pytest.mark.parametrize("own, real, labels", [
+    (TEN, TEN, range(10)),
+    (TEN, sorted(TEN, key=int), [0, 9, 1, 2, 3, 4, 5, 6, 7, 8]),   # '10' before '2', and behind
+    (["é", "猫", *TEN[2:]], ["猫", *TEN[2:], "e\u0301"], [9, 0, 1, 2, 3, 4, 5, 6, 7, 8])])
+def test_classes_are_matched_by_name(evaluated, own, real, labels):
+    assert evaluated(own, real) == ([*labels], real)
+
+
+@pytest.mark.parametrize("own", [TEN, None])
+def test_numbers_count_where_they_are_meant(evaluated, own):
+    real = list("abcdefghijk")   # samples may have fewer classes
+    assert evaluated(own, real, "--by-number") == ([*range(10)], real)
+
+
+@pytest.mark.parametrize("own, real, flags, complaint", [
+    (["one", *TEN[1:]], TEN, [], "of s are not those of photos ('one' only in s; '1' only in "
+                                 "photos): add --by-number"),
+    (TEN, TEN[1:], [], "('1' only in s)"),
+    (TEN, [*TEN, "a\nb"], [], "('a\\nb' only in photos)"),
+    (TEN, list("abcdefghij"), [], "'1', '10', '2', '3', ... only in s; 'a', 'b', 'c', 'd', ..."),
+    ([name.upper() for name in "abcdefghij"], list("abcdefghij"), [], "'A', 'B', 'C', 'D', ..."),
+    (["é", "e\u0301", *TEN[2:]], ["é", *TEN[1:]], [], "s has two classes called 'é'"),
+    (["é", *TEN[1:]], ["é", "e\u0301", *TEN[1:]], [], "photos has two classes called 'é'"),
+    (None, TEN, [], "s.npz does not name its classes: sample again, or add --by-number"),
+    (TEN, TEN[1:], ["--by-number"], "s has more classes than the 9 of photos"),
+    (None, TEN[:9], ["--by-number"], "s has more classes than the 9 of photos"),
+    (TEN[:9], TEN[:9], [], "s.npz has an entry 'classes' that is not sample.py's"),
+    ([*range(10)], TEN, [], "s.npz has an entry 'classes'"),
+    ([TEN], TEN, [], "s.npz has an entry 'classes'"),
+    ([], TEN, [], "s holds samples of a model without classes, which have no accuracy: add"),
+    ([], TEN, ["--by-number"], "s holds samples of a model without classes"),
+])
+def test_classes_that_differ_are_refused(evaluated, capsys, own, real, flags, complaint):
+    assert complaint in refuse(capsys, lambda argv: evaluated(own, real, *argv), flags)
+
+
+def test_classes_without_images_are_named(evaluated, capsys):
+    evaluated(TEN, TEN)
+    assert "no image" not in capsys.readouterr().out
+    eleven = [*TEN, "elf"]
+    evaluated(eleven, eleven, "--real-baseline", numbers=[0] * 33)
+    assert "s has no image of 'elf'\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--frechet"], "--frechet needs at least two test images, and photos has 1"),
+    (["--inception", "x.pt"], "--inception needs at least two training images, and photos has 1")])
+def test_one_real_image_has_no_covariance(evaluated, capsys, flags, complaint):
+    message = refuse(capsys, lambda argv: evaluated(TEN, ["a"], *argv, numbers=[0]), flags)
+    assert complaint in message
+
+
 # ---- the report --------------------------------------------------------------------------------
 
 def test_json_holds_every_number_and_where_it_is_from(samples, capsys):
@@ -192,13 +285,14 @@ def files(samples, folder):
     write_samples(folder / "fractions.npz", labels=np.arange(40) / 3)
     write_samples(folder / "words.npz", labels=np.array(["a"] * 40))
     write_samples(folder / "negative.npz", labels=np.arange(40) - 1)
+    write_samples(folder / "beyond.npz", labels=np.full(40, 2**64 - 1, np.uint64))
     write_samples(folder / "fewer.npz", labels=np.arange(39) % 10)
-    write_samples(folder / "classes.npz", labels=np.arange(40) % 11)
     np.savez(folder / "nine.npz", images=np.zeros((9, 32, 32, 1), np.uint8), labels=np.arange(9))
     for name, origin in (("no-json", "private.pt"), ("number", "3"), ("list", '["a"]'),
                          ("captions", '{"prompts": ["a thin digit 7"]}')):
         write_samples(folder / f"{name}.npz", origin=origin)
-    (folder / "report.json").write_text("{}")
+    (folder / "report.json").write_text('{"test_images": 50}')
+    (folder / "notes.json").write_text("{}")
     (folder / "other.pt").write_bytes(b"another network")
 
 
@@ -216,6 +310,13 @@ NPZ = "must hold uint8 images [n, H, W, C] and integer labels [n] from 0 up, at 
     ("eps2.npz --classifiers logreg wrn --wrn 11 1", "--wrn must be a depth of 10, 16, 22"),
     ("small.npz --classifiers cnn", "the cnn needs images of at least 18x18, not 16x16"),
     ("eps2.npz --json report.json", "report.json exists: give another name, or --overwrite"),
+    ("eps2.npz --json notes.json --overwrite", "notes.json was not made by this program"),
+    ("eps2.npz --json eps2.npz --overwrite", "eps2.npz must be the name of a .json file"),
+    ("eps2.npz --json other.pt/r.json", "other.pt/r.json cannot be written"),
+    ("eps2.npz --inception other.pt/i.pt --download", "other.pt/i.pt cannot be written"),
+    ("eps2.npz --inception x.json --download --json x.json", "x.json would be written twice"),
+    ("eps2.npz --inception report.json --json report.json --overwrite",
+     "report.json is what this command reads"),
     ("eps2.npz --device nowhere", "device 'nowhere' cannot be used here"),
     ("eps2.npz --download", "--download needs --inception FILE"),
     ("eps2.npz --inception missing.pt", "missing.pt does not exist: add --download, or fetch "
@@ -226,23 +327,17 @@ NPZ = "must hold uint8 images [n, H, W, C] and integer labels [n] from 0 up, at 
     ("fractions.npz", f"fractions.npz {NPZ}"),
     ("words.npz", f"words.npz {NPZ}"),
     ("negative.npz", f"negative.npz {NPZ}"),
+    ("beyond.npz", f"beyond.npz {NPZ}"),
     ("fewer.npz", f"fewer.npz {NPZ}"),
     ("nine.npz", f"nine.npz {NPZ}"),
     ("no-json.npz", "no-json.npz has an entry 'origin' that is not sample.py's"),
     ("number.npz", "number.npz has an entry 'origin'"),
     ("list.npz", "list.npz has an entry 'origin'"),
     ("captions.npz", "captions.npz holds samples of captions"),
-    ("eps2.npz small.npz", "small has other image sizes or more classes"),
-    ("classes.npz", "classes has other image sizes or more classes"),
+    ("eps2.npz small.npz", "small has images of the shape (16, 16, 1), where those of digits are "
+                           "converted to (32, 32, 1)"),
     ("--real letters --real-baseline", "real letters has 9 images: a tenth of them is held out"),
 ])
 def test_bad_input_is_refused_before_training(files, monkeypatch, capsys, arguments, complaint):
     monkeypatch.setattr(evaluate, "optimise", None)
     assert complaint in refuse(capsys, evaluate.main, arguments.split())
-
-
-def test_an_unwritable_report_is_refused_before_training(samples, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "optimise", None)
-    monkeypatch.setattr(evaluate.os, "access", lambda *args: False)   # root may write anywhere
-    message = refuse(capsys, evaluate.main, ["eps2.npz", "--json", "r.json"])
-    assert "r.json cannot be written" in message

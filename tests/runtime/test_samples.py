@@ -130,13 +130,19 @@ def test_the_caption_tells_the_accuracies(tmp_path):
         "eps = 2.5: cnn 90.00%; public only: cnn 75.00%; real images: cnn 99.00% (mean of 2).")
 
 
+def test_samples_without_classes_have_no_accuracies(tmp_path):
+    results = report(tmp_path / "r.json", row(0.5, **PUBLIC) | {"accuracy": {}})
+    assert caption([PUBLIC], results) == ""
+
+
 def test_a_caption_is_never_about_other_checkpoints(tmp_path):
     results = report(tmp_path / "r.json", row(0.5, **FOREIGN), row(0.99, real=True))
     with pytest.raises(ValueError, match="r.json is about other checkpoints"):
         caption([PUBLIC], results)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"results": [{}]}', '{"results": 3}', None])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"results": [{}]}', '{"results": 3}', None,
+                                     "[" * 10**5], ids=lambda content: str(content)[:20])
 def test_a_foreign_report_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "r.json").write_text(content)
