@@ -28,6 +28,7 @@ import decimal
 import functools
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -243,9 +244,10 @@ def command_line(argv: Sequence[str] | None, name: str, calibrate: Callable[...,
         sigma = args.noise_multiplier if args.eps is None else calibrate(
             args.eps, args.delta, args.sample_rate, args.steps)
         found = describe([(args.sample_rate, sigma, args.steps)], args.delta)
-    except ValueError as error:
+        print(f"{name}: noise multiplier {sigma:.9g}, {found}", flush=True)
+    except (ValueError, OSError) as error:
+        sys.stdout = None   # what a full disk did not take would fail once more at the end
         parser.error(str(error))
-    print(f"{name}: noise multiplier {sigma:.9g}, {found}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

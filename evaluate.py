@@ -32,6 +32,7 @@ import sys
 import time
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -50,9 +51,12 @@ import datasets
 from accountant import in_words
 from datasets import Dataset, download, rendered
 from ldm import lr_factor, normalize_images
+from runtime.checkpoints import is_plain
 from runtime.cli import Parser, find_device, one_line_errors
 from runtime.files import array_names, atomic_write, read_arrays
+from runtime.ledger import as_json
 from runtime.outputs import check_outputs, check_suffix
+from runtime.terminal import on_one_line
 from variants.fid import frechet_distance, inception_features, mean_and_covariance
 
 
@@ -278,9 +282,11 @@ def fetch_inception(path: Path, published: NetworkFile = INCEPTION) -> None:
 def load_inception(path: Path, device: torch.device,
                    published: NetworkFile = INCEPTION) -> nn.Module:
     """The TorchScript network in `path`. ValueError if it is not the published one."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} does not exist: add --download, or fetch {published.url} and put "
                          "it there")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: give the name of one")
     if hashlib.sha256(path.read_bytes()).hexdigest() != published.sha256:
         raise ValueError(f"{path} is damaged or another network: FID is defined by the one from "
                          f"{published.url}")
@@ -361,8 +367,8 @@ class Source(NamedTuple):
     origin: dict     # what sample.py says of them, or {"real": True}
 
 
-def load_synthetic(path: Path, by_number: bool) -> Source:
-    """An .npz of sample.py. ValueError naming the file if it is not one.
+def load_synthetic(path: Path, name: str, by_number: bool) -> Source:
+    """An .npz of sample.py, as the row `name`. ValueError naming the file if it is not one.
 
     by_number: see class_names.
     """
@@ -373,17 +379,32 @@ def load_synthetic(path: Path, by_number: bool) -> Source:
             and labels.astype(np.int64).min() >= 0):   # beyond int64 they turn negative
         raise ValueError(f"{path} must hold uint8 images [n, H, W, C] and integer labels [n] from "
                          "0 up, at least 10")
-    try:
-        known = "origin" in array_names(path)
-        origin = dict(json.loads(str(*read_arrays(path, ("origin",))))) if known else {}
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has an entry 'origin' that is not sample.py's: {error}") from error
+    origin = read_origin(path)
     if origin.get("prompts"):
         raise ValueError(f"{path} holds samples of captions: their labels number the prompts, and "
                          "are no classes")
     classes = class_names(path, labels, by_number)
-    return Source(path.stem, Dataset(images, labels.astype(np.int64), classes), origin)
+    return Source(name, Dataset(images, labels.astype(np.int64), classes), origin)
+
+
+def read_origin(path: Path) -> dict:
+    """What sample.py says in an .npz of where it is from: {} if nothing.
+
+    ValueError naming the file if it says what sample.py never does.
+    """
+    if "origin" not in array_names(path):
+        return {}
+    try:
+        origin = dict(json.loads(str(*read_arrays(path, ("origin",)))))
+        epsilon = origin.get("epsilon")
+        if epsilon is not None and not 0 <= epsilon <= float(epsilon):   # text cannot be compared
+            raise ValueError(f"its epsilon is {epsilon}")
+        if "real" in origin or not is_plain(origin):
+            raise ValueError("it has other things in it")
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} has an entry 'origin' that is not sample.py's: {error}") from error
+    return origin
 
 
 def class_names(path: Path, labels: np.ndarray, by_number: bool) -> list[str]:
@@ -495,7 +516,10 @@ def load_images(args: argparse.Namespace) -> tuple[list[Source], Dataset | None,
 
     ValueError for images that do not go together.
     """
-    sources = [load_synthetic(path, args.by_number) for path in args.synthetic]
+    baseline = f"real {args.real}"
+    names = Counter([*(path.stem for path in args.synthetic), baseline])
+    sources = [load_synthetic(path, path.stem if names[path.stem] == 1 else str(path),
+                              args.by_number) for path in args.synthetic]
     _, size, _, channels = sources[0].train.images.shape if sources else (0, 32, 32, 1)
     test = datasets.load(args.real, "test", args.data_dir, size, channels)
     real = None
@@ -506,7 +530,7 @@ def load_images(args: argparse.Namespace) -> tuple[list[Source], Dataset | None,
             raise ValueError(f"--{flag} needs at least two {wanted} images, and {args.real} has "
                              f"{len(images.labels)}")
     if args.real_baseline:
-        sources.append(Source(f"real {args.real}", real, {"real": True}))
+        sources.append(Source(baseline, real, {"real": True}))
     for source in sources:
         check_source(source, test, args)
     sources = [with_classes_of(test, source, args) for source in sources]
@@ -563,7 +587,7 @@ def new_report(args: argparse.Namespace, argv: list[str] | None, test_images: in
 
 
 def print_row(cells: list[str]) -> None:
-    row = f"{cells[0]:<24}{cells[1]:>8}{cells[2]:>9}"
+    row = f"{on_one_line(cells[0]):<24}{cells[1]:>8}{cells[2]:>9}"
     print(row + "".join(f"{cell:>19}" for cell in cells[3:]), flush=True)
 
 
@@ -600,7 +624,7 @@ def main(argv: list[str] | None = None, inception: NetworkFile = INCEPTION) -> N
         print_row(result_cells(result, args.classifiers, measures))
         if args.json:   # after every row: hours of work may follow
             with atomic_write(args.json) as file:
-                file.write(json.dumps(report, indent=1).encode())
+                file.write(as_json(report))
 
 
 if __name__ == "__main__":

@@ -162,10 +162,10 @@ def check(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.grid:   # first: it reads all that --npz reads and more, before it draws
+        write_grid(args)
     if args.npz:
         write_npz(args)
-    if args.grid:
-        write_grid(args)
 
 
 if __name__ == "__main__":

@@ -160,14 +160,12 @@ def encode_dataset(model: LatentDiffusion, images: np.ndarray,
 def load_images(source: str, config: Config) -> datasets.Dataset:
     """The training images of `source`; a model without classes takes them all for one class.
 
-    ValueError where captions are missing.
+    ValueError as of `check_captions`.
     """
     size, channels = config.data.image_size, config.data.channels
     dataset = datasets.load(source, "train", config.run.data_dir, size, channels,
                             is_public=source == config.data.public)
-    if config.has_captions and dataset.captions is None:
-        raise ValueError(f"{source} has no captions: give data with captions (a folder with a "
-                         "metadata.jsonl), or text.length 0 for a model of classes")
+    runs.check_captions(dataset.captions, source, config)
     if config.unet.context_dim and not config.has_captions:
         return dataset
     return datasets.Dataset(dataset.images, 0 * dataset.labels, ["all"], dataset.captions)
@@ -200,20 +198,23 @@ def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config
     return model
 
 
-def run_public(config: Config, target: Path) -> None:
-    """The public stage: autoencoder, latent scale, diffusion model; writes `target` and samples."""
+def run_public(config: Config, target: Path, private: np.ndarray | tuple = ()) -> None:
+    """The public stage: autoencoder, latent scale, diffusion model; writes `target` and samples.
+
+    ValueError, before any work, if its images are the `private` ones, uint8 [N, H, W, C].
+    """
     if config.vae.n_embed and not config.run.pretrained:
         raise ValueError("a VQ autoencoder is not trained here: give --pretrained FILE, or "
                          "vae.n_embed 0")
     rank = distributed.rank_and_world()[0]
     dataset = load_images(config.data.public, config)
+    digest = runs.public_digest(dataset.images, private, config)
     torch.manual_seed(config.public.seed)
     model = build_model(config.architecture(len(dataset.classes))).to(config.device)
     if rank:   # the same model everywhere, but other batches
         torch.manual_seed(config.public.seed + rank)
     print(f"public stage: autoencoder {num_parameters(model.vae.parameters()):,} parameters, "
           f"U-Net {num_parameters(model.unet.parameters()):,}")
-    digest = fingerprint.image_digest(dataset.images)
     model = public_autoencoder(model, dataset, config, runs.autoencoder_beside(target), digest)
     z_0 = encode_dataset(model, dataset.images, config.device)
     if not config.run.pretrained:   # the scale is still 1 here
@@ -234,13 +235,14 @@ def run_public(config: Config, target: Path) -> None:
     distributed.wait_for_all()   # a private stage may read what the first process has just written
 
 
-def public_model(config: Config, target: Path, num_classes: int) -> tuple[LatentDiffusion, dict]:
+def public_model(config: Config, target: Path,
+                 private: datasets.Dataset) -> tuple[LatentDiffusion, dict]:
     """The public model that is not there yet: official weights, or the public stage's."""
     if config.run.public_checkpoint:
         raise ValueError(f"--public-checkpoint {target} does not exist")
     if config.run.pretrained:
-        return load_pretrained(config.run.pretrained, config.architecture(num_classes))
-    runs.make_public(target, lambda: run_public(config, target))
+        return load_pretrained(config.run.pretrained, config.architecture(len(private.classes)))
+    runs.make_public(target, lambda: run_public(config, target, private.images))
     return load_checkpoint(target)
 
 
@@ -252,7 +254,7 @@ def run_private(config: Config, files: runs.Files) -> None:
         run = runs.interrupted_run(config, files.unfinished, N, classes)
     else:
         run = runs.new_run(config, files.public, N, classes,
-                           lambda: public_model(config, files.public, len(classes)))
+                           lambda: public_model(config, files.public, dataset))
     if run.knows(dataset.images, datasets.same_source(run.public_data, config.data.private)):
         raise ValueError(f"{files.public} was trained on {config.data.private} without privacy")
     runs.announce(run, config)
@@ -306,23 +308,19 @@ def main(argv: list[str] | None = None) -> None:
     if config.summary:
         print(summary(config))
         return
-    private = config.stage == "private"
-    if private and datasets.same_source(config.data.public, config.data.private):
+    if config.stage == "private" and datasets.same_source(config.data.public, config.data.private):
         raise ValueError(f"--public-data and --private-data are both {config.data.private}; "
                          "they must differ")
     files = runs.Files.of(config)
-    if private and config.run.resume and files.target.exists():
-        print(f"{files.target} is complete: there is nothing to resume")
-        return
-    with distributed.process_group(), files.locked(config.run.resume, config.run.overwrite):
+    with distributed.process_group(), files.locked(config) as complete:
         if config.device.type == "cuda":   # TF32; norms and sums are in float64
             torch.set_float32_matmul_precision("high")
-        if private:
-            run_private(config, files)
-        else:
+        if config.stage == "public":
             run_public(config, files.target)
+        elif not complete:
+            run_private(config, files)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(several=True):
         main()

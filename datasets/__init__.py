@@ -30,6 +30,7 @@ import numpy as np
 from datasets import celeba, download, folders, formats, listing
 from datasets.formats import Dataset
 from datasets.rendered import GLYPHS, RENDERED, load_rendered
+from runtime.terminal import on_one_line
 
 __all__ = ["GREY_28", "Dataset", "load", "same_source"]
 
@@ -79,7 +80,7 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32,
         dataset.images = with_border(dataset.images, image_size)
     dataset.images = formats.convert(dataset.images, image_size, channels, source)
     for line in describe(source, split, dataset, is_public):
-        print(line)
+        print(on_one_line(line))
     return dataset
 
 

@@ -19,15 +19,13 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from datasets import listing
-from datasets.formats import COLOURS, Dataset, convert_one
+from datasets.formats import Dataset, convert_one, name_classes, say_conversion
 from datasets.listing import LeftOut
 from datasets.trees import Tree, open_tree
 from runtime.distributed import log_once
-from runtime.files import UNREADABLE
 
-warnings.filterwarnings("ignore", "Corrupt EXIF data")   # `upright` ignores it
-# What Pillow and zipfile raise besides: bombs, passwords, damaged chunks.
-BAD_PICTURE = (*UNREADABLE, Image.DecompressionBombError, RuntimeError, SyntaxError)
+warnings.filterwarnings("ignore", "Corrupt EXIF data")   # `orientation` says nothing then
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # worse is an error
 
 
 # ---- pictures ----------------------------------------------------------------------------------
@@ -36,26 +34,48 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
+GREY_16 = ("I;16", "PNG", "PPM")   # Pillow has 16 bits of the latter two as 32, in older versions
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says. Damaged EXIF says nothing: the pixels are sound."""
+class Picture(NamedTuple):
+    """A decoded file."""
+    image: Image.Image   # of 8 bits, upright, on white
+    mode: str            # Pillow's, as stored
+    frames: int
+
+
+def decode(content: bytes) -> Picture:
+    """A picture from the bytes of a file. Damaged ones raise anything."""
+    with Image.open(io.BytesIO(content)) as image:
+        frames = getattr(image, "n_frames", 1)
+        image.load()   # a TIFF turns itself here
+        turn, upright = TURNS.get(orientation(image)), on_white(eight_bits(image))
+        return Picture(upright if turn is None else upright.transpose(turn), image.mode, frames)
+
+
+def orientation(image: Image.Image) -> int:
+    """As EXIF has it. Damaged EXIF has none: the pixels are sound."""
     try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except BAD_PICTURE:
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return image.getexif().get(0x0112, 1)
+    except Exception:   # anything can be damaged
+        return 1
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, 0 to 65535, as 0 to 255. ValueError for more bits and for fractions."""
+    """Grey of 16 bits, 0 to 65535, as 0 to 255; a transparent grey is white then.
+
+    ValueError for more bits, which may mean any range, and for fractions.
+    """
     if image.mode[0] not in "IF":
         return image
-    # Pillow has 16 bits of a PNG or PGM as 32. Others may mean any range.
-    if not image.mode.startswith("I;16") and (image.mode, image.format) not in (
-            ("I", "PNG"), ("I", "PPM")):
+    if image.mode == "F" or not {image.mode[:4], image.format} & {*GREY_16}:
         raise ValueError("its grey has more than 16 bits, or fractions: save it in 8 or 16 bits")
-    return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    values = np.asarray(image).astype(np.int64)
+    levels = np.rint(values / 257)
+    if getattr(image, "tag_v2", {}).get(262) == 0:   # a TIFF in which 0 is white
+        levels = 255 - levels
+    levels[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -84,28 +104,20 @@ def read_images(tree: Tree, files: list[str], image_size: int, channels: int,
     for i, name in enumerate(progress):
         content = tree.read(name)
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                stored = image.mode
-                picture = upright(image)
-                sizes[picture.height, picture.width] += 1
-                frames += getattr(image, "n_frames", 1) - 1
-                images[i] = convert_one(on_white(eight_bits(picture)), image_size, channels, crop)
-        except BAD_PICTURE as error:
+            picture = decode(content)
+            images[i] = convert_one(picture.image, image_size, channels, crop)
+        except Exception as error:   # damaged bytes can fail anywhere in Pillow
             reason = (f"Pillow {PIL.__version__} cannot tell its format"
                       if isinstance(error, UnidentifiedImageError) else error)
             raise ValueError(f"cannot read the image {name} of {tree.root}: {reason}") from error
-        say_conversion(tree.root.name, stored, picture.size, image_size, channels)
+        sizes[picture.image.height, picture.image.width] += 1
+        frames += picture.frames - 1
+        if picture.image.size != (image_size, image_size) or (picture.mode == "L") != (
+                channels == 1):
+            say_conversion(tree.root.name, image_size, channels)
+        if picture.mode[0] == "I":
+            log_once(f"{tree.root.name}: grey of 16 bits, 0 to 65535, becomes 0 to 255")
     return images, sizes, Counter({"further frame{s}": frames} if frames else {})
-
-
-def say_conversion(name: str, mode: str, size: tuple[int, int], image_size: int,
-                   channels: int) -> None:
-    """A line if a picture of that mode and size had to be converted: one for the whole set."""
-    if size != (image_size, image_size) or (mode == "L") != (channels == 1):
-        log_once(f"{name}: images of other sizes or colours are converted to "
-                 f"{image_size}x{image_size} in {COLOURS[channels]}")
-    if mode[0] == "I":
-        log_once(f"{name}: grey of 16 bits, 0 to 65535, becomes 0 to 255")
 
 
 def load_folder(root: Path, split: str, image_size: int, channels: int) -> Dataset:
@@ -127,6 +139,7 @@ def load_folder(root: Path, split: str, image_size: int, channels: int) -> Datas
         found = listing.list_classes(tree.names, name)
     except ValueError as error:
         raise ValueError(f"{root}: {error}") from error
+    tree.check_links(image.file for image in found.images)
     # The classes of all splits, so that the labels agree.
     classes = sorted({image.label for image in found.images})
     chosen = [image for image in found.images if image.split == split]
@@ -160,6 +173,7 @@ class Record(NamedTuple):
     file: str
     text: str | None
     label: str | int | None
+    unused: tuple[str, ...] = ()   # keys that nothing is made of
 
 
 def read_metadata(tree: Tree, files: list[str]) -> list[Record]:
@@ -176,8 +190,7 @@ def read_metadata(tree: Tree, files: list[str]) -> list[Record]:
                 here = f"line {number} of {tree.root / file}"
                 try:
                     record = parse_metadata(line)
-                except (ValueError, KeyError, TypeError, AttributeError,
-                        RecursionError) as error:
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
                     raise ValueError(f"{here} is no line of metadata: {error}") from error
                 place = posixpath.normpath(Path(file).parent / record.file)
                 if place in lines:
@@ -192,9 +205,12 @@ def read_metadata(tree: Tree, files: list[str]) -> list[Record]:
 
 
 def parse_metadata(line: str) -> Record:
-    """One line of metadata.jsonl; bad ones raise Value-, Key-, Type- or AttributeError."""
+    """One line of metadata.jsonl; bad ones raise Value-, Type-, Attribute- or RecursionError."""
     entry = json.loads(line)
-    record = Record(entry["file_name"], entry.get("text"), entry.get("label"))
+    if "file_name" not in entry:
+        raise ValueError("it has no file_name")
+    record = Record(entry["file_name"], entry.get("text"), entry.get("label"),
+                    tuple(entry.keys() - {"file_name", "text", "label"}))
     good = (isinstance(record.file, str) and isinstance(record.text, str | None)
             and isinstance(record.label, str | int | None))
     if not good or isinstance(record.label, int) and record.label < 0:
@@ -202,6 +218,7 @@ def parse_metadata(line: str) -> Record:
                          "from 0 up")
     if posixpath.normpath(record.file).split("/")[0] in ("", ".."):
         raise ValueError(f"{record.file} is outside its folder")
+    f"{record.text}{record.label}".encode()   # half a surrogate is no text
     return record
 
 
@@ -228,17 +245,33 @@ def load_captioned(tree: Tree, records: list[Record], split: str, image_size: in
 
     lists: the files that name them. reason: why other pictures are left out.
     """
-    values = {record.label for record in records}   # of all splits, so that the labels agree
-    classes = ["image"] if None in values else [str(value) for value in sorted(values)]
+    tree.check_links(record.file for record in records)
     try:
+        classes, numbers = classes_of([record.label for record in records])
         splits, rest = listing.list_named(tree.names, [record.file for record in records], lists,
                                           reason)
     except ValueError as error:
         raise ValueError(f"{tree.root}: {error}") from error
     left_out = left_out_of(tree, rest, splits, split)
-    chosen = [record for record, its in zip(records, splits, strict=True) if its == split]
-    files, captions, labels = (list(column) for column in zip(*chosen, strict=True))
-    numbers = [0 if label is None else classes.index(str(label)) for label in labels]
-    images, sizes, frames = read_images(tree, files, image_size, channels, crop=True)
-    return Dataset(images, np.array(numbers), classes, None if captions[0] is None else captions,
+    left_out.update(f"{key!r} of metadata.jsonl" for record in records for key in record.unused)
+    chosen = [k for k, its in enumerate(splits) if its == split]
+    images, sizes, frames = read_images(tree, [records[k].file for k in chosen], image_size,
+                                        channels, crop=True)
+    captions = None if records[0].text is None else [records[k].text for k in chosen]
+    return Dataset(images, np.array([numbers[k] for k in chosen]), classes, captions,
                    left_out + frames, sizes)
+
+
+def classes_of(values: list[str] | list[int] | list[None]) -> tuple[list[str], list[int]]:
+    """(names of the classes of all splits, the number of each value). None: all are one class.
+
+    ValueError for numbers with gaps.
+    """
+    if not values or values[0] is None:
+        return ["image"], [0] * len(values)
+    if isinstance(values[0], int):
+        first, names = name_classes("metadata.jsonl", [np.array(values)], None)
+        return names, [value - first for value in values]
+    spelled = [listing.normal(value) for value in values]
+    names = sorted({*spelled})
+    return names, [names.index(value) for value in spelled]

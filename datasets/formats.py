@@ -6,6 +6,7 @@ colours are converted one by one. Damaged files are refused by name.
 
 import gzip
 import io
+import math
 import string
 import struct
 import tarfile
@@ -20,8 +21,9 @@ import scipy.io
 from PIL import Image
 from tqdm import tqdm
 
+from datasets import listing
 from runtime.distributed import log_once
-from runtime.files import UNREADABLE, array_names, read_arrays
+from runtime.files import UNREADABLE, array_header, array_names, read_arrays
 
 COLOURS = {1: "grey", 3: "colour"}
 LARGEST = 2**28   # bytes that one file of an archive or folder may have, unpacked
@@ -73,14 +75,19 @@ def convert(images: np.ndarray, image_size: int, channels: int, name: str) -> np
     N, height, width, stored = images.shape
     if (height, width, stored) == (image_size, image_size, channels):
         return images
-    log_once(f"{name}: images of {height}x{width} pixels in {COLOURS[stored]} are converted to "
-             f"{image_size}x{image_size} in {COLOURS[channels]}")
+    say_conversion(name, image_size, channels)
     converted = np.empty((N, image_size, image_size, channels), np.uint8)
     progress = tqdm(images, desc=f"converting {name}", unit_scale=True, disable=N < 20_000)
     for i, image in enumerate(progress):
         picture = Image.fromarray(image[..., 0] if stored == 1 else image)
         converted[i] = convert_one(picture, image_size, channels)
     return converted
+
+
+def say_conversion(name: str, image_size: int, channels: int) -> None:
+    """One line for a whole set. Which sizes its images have is not said: they may be private."""
+    log_once(f"{name}: images of other sizes or colours are converted to "
+             f"{image_size}x{image_size} in {COLOURS[channels]}")
 
 
 # ---- .npz --------------------------------------------------------------------------------------
@@ -93,41 +100,48 @@ def load_npz(path: Path, split: str) -> Dataset:
     together, and their numbers are the names. Other arrays are left out.
     """
     names = array_names(path)
-    with_splits = "test_images" in names
-    if split == "test" and not with_splits:
+    splits = ("train", "test") if "test_images" in names else ("",)
+    if split == "test" and "test" not in splits:
         raise ValueError(f"{path} has no test_images and test_labels: "
                          "its images are all for training")
-    prefixes = ("train_", "test_") if with_splits else ("",)
-    arrays = read_arrays(path, [f"{prefix}labels" for prefix in prefixes])
-    labels = dict(zip(prefixes, arrays, strict=True))
-    chosen = f"{split}_" if with_splits else ""
-    images, = read_arrays(path, [f"{chosen}images"])
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(f"the images of {path} are {images.dtype} {images.shape}: "
-                         "give uint8 [N, H, W] or [N, H, W, 1 or 3]")
-    for array in arrays:
-        check_labels(path, array)
+    pairs = {part: (f"{part}_images".lstrip("_"), f"{part}_labels".lstrip("_")) for part in splits}
+    shapes = {part: check_shapes(path, *pair) for part, pair in pairs.items()}
+    labels = dict(zip(splits, read_arrays(path, [pair[1] for pair in pairs.values()]), strict=True))
+    for array in labels.values():
+        if array.min() < 0:
+            raise ValueError(f"{path} has labels below 0: give integers [N] from 0 up")
     named = read_arrays(path, ["classes"])[0].tolist() if "classes" in names else None
-    first, classes = name_classes(path, arrays, named)
-    used = {"classes", *(f"{prefix}{part}" for prefix in prefixes for part in ("images", "labels"))}
+    first, classes = name_classes(path, list(labels.values()), named)
+    used = {"classes", *(name for pair in pairs.values() for name in pair)}
     left_out = Counter({"other array{s}": len({*names} - used)})
-    if with_splits:
-        other = {"train": "test", "test": "train"}[split]
-        left_out[f"{other} image{{s}}"] = len(labels[f"{other}_"])
+    for part in {*splits} - {split, ""}:
+        left_out[f"{part} image{{s}}"] = shapes[part][0]
+    chosen = split if split in splits else ""
+    images, = read_arrays(path, [pairs[chosen][0]])
+    images = images[..., None] if images.ndim == 3 else images
     numbers = labels[chosen].reshape(-1).astype(np.int64) - first
     return Dataset(images, numbers, classes, None, +left_out)
 
 
-def check_labels(path: Path, labels: np.ndarray) -> None:
-    """ValueError unless the labels are integers from 0 up, one per image."""
-    is_column = labels.size > 0 and labels.shape[:1] == (labels.size,)
-    if not is_column or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"the labels of {path} are {labels.dtype} {labels.shape}: "
-                         "give integers [N] from 0 up")
+def check_shapes(path: Path, images: str, labels: str) -> tuple[int, ...]:
+    """The shape of the images in an .npz, by its headers alone: arrays of zeros unpack to much.
+
+    ValueError unless they are uint8 [N, H, W] or [N, H, W, C], and the labels N integers.
+    """
+    (shape, dtype), (count, kind) = (array_header(path, name) for name in (images, labels))
+    if dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)) or (
+            0 in shape):
+        raise ValueError(f"the {images} of {path} are {dtype} {shape}: "
+                         "give uint8 [N, H, W] or [N, H, W, 1 or 3]")
+    if kind.kind not in "iu" or count[:1] != (math.prod(count),):
+        raise ValueError(f"the {labels} of {path} are {kind} {count}: give integers [N] from 0 up")
+    if count[0] != shape[0]:
+        raise ValueError(f"{path} has {shape[0]} {images} but {count[0]} {labels}: they must be as "
+                         "many")
+    return shape
 
 
-def name_classes(path: Path, arrays: list[np.ndarray],
+def name_classes(path: Path | str, arrays: list[np.ndarray],
                  named: list | None) -> tuple[int, list[str]]:
     """(the first class's label, the names of all), from the labels of all splits.
 
@@ -138,14 +152,15 @@ def name_classes(path: Path, arrays: list[np.ndarray],
     first, last = labels[0], labels[-1]
     if named is None and (first > 1 or last - first >= len(labels)):
         raise ValueError(f"the labels of {path} are {len(labels)} numbers from {first} to {last}: "
-                         "count from 0 or 1 without gaps, or name all classes in `classes`")
+                         "count from 0 or 1 without gaps, or give all classes names")
     if named is None:
         return first, [str(label) for label in labels]
     strings = isinstance(named, list) and all(isinstance(name, str) for name in named)
-    if not strings or len({*named}) != len(named) or last >= len(named):
+    names = [listing.normal(name) for name in named] if strings else []
+    if len({*names}) != len(names) or last >= len(names):
         raise ValueError(f"`classes` of {path} must be {last + 1} or more different strings, the "
                          "names of the labels from 0 up")
-    return 0, named
+    return 0, names
 
 
 # ---- IDX: MNIST, Fashion-MNIST, EMNIST ---------------------------------------------------------

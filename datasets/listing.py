@@ -16,8 +16,9 @@ ENDINGS = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 VALIDATION = {"val", "valid", "validation"}
 # A hidden file or folder, or a folder of a file system, network drive or photo manager.
-HIDDEN = re.compile(r"(?:^|/)(?:(\.[^/]*)|@[^/]*(?=/)|(?:__MACOSX|#recycle|#snapshot|\$RECYCLE\.BIN"
-                    r"|lost\+found|System Volume Information)(?=/))", re.IGNORECASE)
+HIDDEN = re.compile(r"(?:^|/)(?:(\.[^/]*)|@[^/]*(?=/)|(?:__MACOSX|#recycle|#snapshot|~snapshot"
+                    r"|\$RECYCLE\.BIN|RECYCLER|lost\+found|System Volume Information)(?=/))",
+                    re.IGNORECASE)
 
 LeftOut = list[tuple[str, str]]   # (path, reason with {s} where its plural has an s)
 
@@ -139,6 +140,7 @@ def split_folders(tops: set[tuple[str, ...]]) -> dict[str, str]:
     folders = sorted(top[0] for top in tops if top)
     found = {folder: SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS}
     if not found:
+        check_lookalikes(folders)
         return {}
     twice = [split for split, count in Counter(found.values()).items() if count > 1]
     if twice:
@@ -150,6 +152,22 @@ def split_folders(tops: set[tuple[str, ...]]) -> dict[str, str]:
                                  "into these, or take it away")
             found[folder] = f"of {folder}"
     return found
+
+
+def check_lookalikes(folders: Iterable[str]) -> None:
+    """ValueError if folders look like those of splits: train2017 and val2017, Training_Data and so.
+
+    One of them alone may be a class: train_station.
+    """
+    def looks_like(words: str) -> list[str]:
+        pattern = re.compile(rf"(?:{words})|.*(?:{words})(?:ing|set)*[^a-z]*$", re.IGNORECASE)
+        return sorted(folder for folder in folders if pattern.match(folder))
+
+    folders = {*folders}
+    train, test = looks_like("train"), looks_like("test|val")
+    if train and test:
+        raise ValueError(f"{train[0]}/ and {test[0]}/ look like splits: call them train/ and "
+                         "test/, or otherwise if they are classes")
 
 
 def check_below(path: str, folders: list[str]) -> None:
@@ -187,6 +205,7 @@ def list_named(paths: Iterable[str], files: list[str], known: Iterable[str],
     left_out += [(path, reason) for path in pictures if path not in named]
     splits = [split_of(file) for file in files]
     if not any(split in ("train", "test") for split in splits):
+        check_lookalikes(folder for file in files for folder in file.split("/")[:-1])
         return ["train"] * len(files), left_out
     if "" in splits:
         raise ValueError(f"{files[splits.index('')]} lies in neither train/ nor test/, but other "

@@ -3,11 +3,14 @@
 A file from elsewhere may hold anything. It is checked before anything is built of it.
 """
 
+import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from dp_sgd import PrivacyPlan, Tensors
 from ldm import ClassEmbedder, LatentDiffusion
@@ -23,6 +26,10 @@ from variants.unconditional import NoEmbedder
 from variants.vq import AutoencoderVQ
 
 MOST_PIXELS = 4_096   # how wide images may be
+# In an architecture, what counts or measures nothing; and sizes that may be None.
+NO_SIZES = {"vae", "unet", "text", "linear_start", "linear_end", "use_scale_shift_norm",
+            "resblock_updown"}
+OPTIONAL = {"num_head_channels", "context_dim"}
 PRIVATE = {"ledger", "plan", "public_config", "training"}   # what private runs save
 
 
@@ -31,8 +38,10 @@ def build_model(architecture: dict) -> LatentDiffusion:
 
     vae: the arguments of AutoencoderKL, or with n_embed of AutoencoderVQ. unet: those of UNet.
     num_classes, linear_start, linear_end. Captions have text: {length, layers} too. lora_rank: the
-    rank of the attention's low-rank additions.
+    rank of the attention's low-rank additions. ValueError for a schedule without noise or signal.
     """
+    if not all(0 < architecture[end] < 1 for end in ("linear_start", "linear_end")):
+        raise ValueError("schedule.linear_start and schedule.linear_end must be between 0 and 1")
     vae, unet = architecture["vae"], architecture["unet"]
     autoencoder = AutoencoderVQ(**vae) if "n_embed" in vae else AutoencoderKL(**vae)
     network = UNet(**unet)
@@ -79,7 +88,15 @@ def load_checkpoint(path: Path, part: str = "") -> tuple[LatentDiffusion, dict]:
     if PRIVATE & metadata.keys() and not metadata.get("ledger"):
         raise ValueError(f"{path} is of a private run, but its ledger is gone: what it has spent "
                          "is unknown")
+    check_scale(model, path)
     return model.eval(), metadata
+
+
+def check_scale(model: LatentDiffusion, path: Path) -> None:
+    """ValueError if all latents of a model that was read from `path` would be 0, or not finite."""
+    if not 0 < model.latent_scale < math.inf:
+        raise ValueError(f"{path} is refused: its latent scale is {model.latent_scale:g}, which is "
+                         "not positive and finite")
 
 
 def read_content(path: Path) -> dict:
@@ -89,9 +106,19 @@ def read_content(path: Path) -> dict:
         if sum(member.file_size for member in members.infolist()) > size:
             raise ValueError("it is compressed")
     content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("it has no table of weights")
+    check_tensors(content["model"])
     if sum(tensor.nbytes for tensor in content["model"].values()) > size:
         raise ValueError("its weights overlap")
     return content
+
+
+def check_tensors(values: dict) -> None:
+    """ValueError unless all values are tensors of real floating-point numbers in memory."""
+    for name, value in values.items():
+        if not (official.is_table(value) and value.is_floating_point()):
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
 
 
 def rebuilt(architecture: dict, weights: Tensors, classes: list[str]) -> LatentDiffusion:
@@ -99,25 +126,68 @@ def rebuilt(architecture: dict, weights: Tensors, classes: list[str]) -> LatentD
 
     So it takes no more memory than the file, whatever numbers the architecture has.
     """
-    for part, widths in (("vae", "ch_mult"), ("unet", "channel_mult")):
-        levels = len(architecture[part][widths])
-        if levels * max(1, architecture[part]["num_res_blocks"]) > len(weights):
-            raise ValueError("its architecture has more layers than weights")
-    if architecture.get("text", {"layers": 0})["layers"] > len(weights):
-        raise ValueError("its architecture has more layers than weights")
-    if not 1 <= architecture["vae"]["resolution"] <= MOST_PIXELS:   # no weight depends on it
-        raise ValueError(f"its images are not from 1 to {MOST_PIXELS:,} pixels wide")
-    with torch.device("meta"):   # shapes without memory
+    check_layers(architecture, len(weights))
+    check_sizes(architecture)
+    with shapes_only():
         expected = build_model(architecture).state_dict()
     if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in weights.items()}:
         raise ValueError("its weights are not those of its architecture")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError("a weight is not finite")
     model = build_model(architecture)
+    if not torch.allclose(weights["alphas_cumprod"].float(), model.alphas_cumprod, rtol=1e-3):
+        raise ValueError("its noise schedule is not that of its architecture")
     model.load_state_dict(weights)
     if isinstance(model.embedder, ClassEmbedder) and len(classes) != model.embedder.null_class:
         raise ValueError(f"it names {len(classes)} of {model.embedder.null_class} classes")
     return model
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Inside, weights are not initialised: on the meta device that would import a compiler."""
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, models have shapes and take no memory."""
+    with torch.device("meta"), WithoutNumbers():
+        yield
+
+
+def check_layers(architecture: dict, weights: int) -> None:
+    """ValueError unless every size is a positive integer, and each layer can have a weight."""
+    tables = [architecture[part] for part in ("vae", "unet", "text") if part in architecture]
+    for key, value in [item for table in (architecture, *tables) for item in table.items()]:
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if key in NO_SIZES or number is None and key in OPTIONAL:
+                continue
+            if type(number) is not int or number < 1:
+                raise ValueError(f"its {key} is no positive integer")
+    vae, unet, text = (architecture.get(part, {}) for part in ("vae", "unet", "text"))
+    layers = (len(vae["ch_mult"]) * vae["num_res_blocks"], text.get("layers", 0),
+              len(unet["channel_mult"]) * unet["num_res_blocks"] * unet.get("transformer_depth", 1))
+    if max(layers) > weights:
+        raise ValueError("its architecture has more layers than weights")
+
+
+def check_sizes(architecture: dict) -> None:
+    """ValueError for sizes that no weight shows, but that the networks cannot have together."""
+    vae, unet = architecture["vae"], architecture["unet"]
+    halvings = len(vae["ch_mult"]) + len(unet["channel_mult"]) - 2
+    if not 1 <= vae["resolution"] <= MOST_PIXELS or vae["resolution"] % 2**halvings:
+        raise ValueError(f"its images are not from 1 to {MOST_PIXELS:,} pixels wide, or cannot be "
+                         f"halved {halvings} times")
+    if not unet["in_channels"] == unet["out_channels"] == vae["embed_dim"]:
+        raise ValueError("its U-Net does not fit to its latents")
+    heads = unet.get("num_head_channels") or unet["num_heads"]
+    if any(unet["model_channels"] * width % heads for width in unet["channel_mult"]):
+        raise ValueError("its heads do not divide its channels")
 
 
 def check_metadata(content: dict) -> None:
@@ -172,6 +242,7 @@ def check_training(training: dict, weights: Tensors, steps: int) -> None:
     for tensors in (parameters, ema, *moments):
         if {name: tensor.shape for name, tensor in tensors.items()} != expected:
             raise ValueError("its training state is of other weights")
+        check_tensors(tensors)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("its training state is not finite")
     if not all(0 <= float(state["step"]) <= steps for state in states.values()):
@@ -197,4 +268,5 @@ def load_pretrained(path: Path, architecture: dict) -> tuple[LatentDiffusion, di
     state = official.read_state_dict(path)
     model = build_model({**architecture, "num_classes": official.num_classes(state)})
     official.fill_official(model, state, path)
+    check_scale(model, path)
     return model.eval(), {"classes": [], "config": {"data": {"public": str(path)}}}

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from runtime.distributed import lost_a_peer, may_speak
-from runtime.terminal import robust_output
+from runtime.terminal import on_one_line, robust_output
 
 # Ctrl-C; what schedulers and shutdowns send; a terminal that is closed.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,32 +56,34 @@ def ctrl_c_raises() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def say(line: str) -> None:
-    """Print a line on stderr, if a terminal is left to print it on."""
+def say(line: str, below: str = "") -> None:
+    """Print a line on stderr, if a terminal is left to print it on. below "\\n": a progress bar."""
     with suppress(OSError, RuntimeError):   # the latter in a signal's handler, amid other printing
-        print(line, file=sys.stderr)
-
-
-def finish(line: str, code: int) -> NoReturn:
-    """End the program with a line on stderr; of torchrun's processes the first to end says it."""
-    if may_speak():
-        say(line)
-    sys.exit(code)
+        print(below + on_one_line(line), file=sys.stderr)
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(several: bool = False) -> Iterator[None]:
     """Bad input ends the program with one line on stderr and exit code 2.
 
-    A signal ends it with 128 and the signal's number, as a shell has it. torchrun's processes fail
-    together: the first error is reported, and no other.
+    A signal ends it with 128 and the signal's number, as a shell has it.
+    several: torchrun may start several processes of this program. They fail together: the first
+    error is reported, and no other. Other programs ignore what torchrun leaves in the environment.
     """
+    def speaks() -> bool:
+        return not several or may_speak()
+
+    def finish(line: str, code: int, below: str = "") -> NoReturn:
+        if speaks():
+            say(line, below)
+        sys.exit(code)
+
     try:
         with robust_output(), ctrl_c_raises():
             yield
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        finish(f"\n{stop}" if stop.args else "\nstopped", 128 + number)
+        finish(str(stop) if stop.args else "stopped", 128 + number, below="\n")
     except (ValueError, OSError) as error:
         finish(f"error: {error}", 2)
     except Exception as error:
@@ -92,7 +94,7 @@ def one_line_errors() -> Iterator[None]:
         if lost_a_peer(error):
             reason = str(error).splitlines()[0][:100]
             finish(f"error: another process of this run has ended ({reason})", 1)
-        if may_speak():
+        if speaks():
             raise
         sys.exit(1)
 
@@ -115,7 +117,7 @@ def stop_after_step() -> Iterator[list[int]]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:   # someone sits there
-            say("\nstopping after this step (Ctrl-C again: at once)")
+            say("stopping after this step (Ctrl-C again: at once)", below="\n")
         stop.append(number)
         if signal.SIGINT in before:
             signal.signal(signal.SIGINT, before[signal.SIGINT])

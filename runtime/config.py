@@ -374,6 +374,10 @@ def check_sizes(config: Config) -> None:
     if unet.model_channels % 2 or any(unet.model_channels * m % heads for m in unet.channel_mult):
         raise ValueError("unet.model_channels must be even, and times each of unet.channel_mult a "
                          "multiple of unet.num_heads (or unet.num_head_channels)")
+    widest = unet.model_channels * max(unet.channel_mult)
+    if config.private.trainable.startswith("lora") and config.private.lora_rank > widest:
+        raise ValueError(f"private.lora_rank must be at most {widest}, the width of the widest "
+                         f"layer, not {config.private.lora_rank}")
 
 
 def check_private(config: Config) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from runtime.checkpoints import build_model
+from runtime.checkpoints import build_model, shapes_only
 from runtime.config import Config
 from variants.trainable import private_parameter_names
 
@@ -22,7 +22,7 @@ def summary(config: Config) -> str:
     architecture = config.architecture(config.data.num_classes)
     if config.private.trainable.startswith("lora"):
         architecture["lora_rank"] = config.private.lora_rank
-    with torch.device("meta"):
+    with shapes_only():
         model = build_model(architecture).to("meta").requires_grad_(False)
     names = unet_names(model, config, config.context_tokens)
     trained = num_parameters(map(model.unet.get_parameter, names))

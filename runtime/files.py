@@ -27,11 +27,13 @@ def atomic_write(path: Path, on_commit: Callable[[], None] = lambda: None) -> It
     """A file to write `path` into: at every moment `path` is absent, old, or new and whole.
 
     on_commit is called when the new file is complete on the disk and has yet to replace the old
-    one. Only the first of torchrun's processes writes. OSError naming `path` if the disk is full.
+    one. A link stays: the file that it leads to is written. Only the first of torchrun's processes
+    writes. OSError naming the file if the disk is full.
     """
     if not is_first_process():
         yield io.BytesIO()
         return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     partial = partial_name(path)
@@ -98,13 +100,15 @@ def is_alive(pid: int) -> bool:
 def locked(path: Path) -> Iterator[None]:
     """Inside, no other process can lock `path`. ValueError if one has locked it already.
 
-    The lock is on a file beside it; the system frees the lock when its process dies. Under torchrun
-    the first process locks for all.
+    The lock is on an empty file beside it; the system frees the lock when its process dies. A file
+    of that name that is not empty is somebody's: ValueError. Under torchrun the first process locks
+    for all.
     """
     if not is_first_process():
         yield
         return
-    beside = path.with_name(f"{path.name}.lock")
+    real = Path(os.path.realpath(path))   # two links to one file are one
+    beside = real.with_name(f"{real.name}.lock")
     with created(beside.parent), open_locked(beside):
         try:
             yield
@@ -130,6 +134,8 @@ def open_locked(path: Path) -> BinaryIO:
     while True:
         file = open(path, "ab")
         try:
+            if os.fstat(file.fileno()).st_size:
+                raise OSError(f"{path} is not empty, so it is no lock of this program")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samefile(path, file.fileno()):
                 return file
@@ -150,18 +156,34 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 def read_arrays(path: Path, names: Sequence[str] = ("images", "labels")) -> list[np.ndarray]:
     """The named arrays of an .npz. ValueError naming the file if it lacks them or is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return [arrays[name] for name in names]
-    except (*UNREADABLE, MemoryError) as error:
-        wanted = " and ".join(names)
-        raise ValueError(f"{path} is no readable .npz of {wanted}: {error}") from error
+    with reading(path, f".npz of {' and '.join(names)}"), np.load(path) as arrays:
+        found = [arrays[name] for name in names]
+        if not all(isinstance(array, np.ndarray) for array in found):   # a file of another kind
+            raise ValueError("some of it is no array")
+        return found
 
 
 def array_names(path: Path) -> list[str]:
     """The names of the arrays in an .npz. ValueError naming the file if it is unreadable."""
+    with reading(path, ".npz"), np.load(path) as arrays:
+        return arrays.files
+
+
+def array_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array in an .npz; its numbers are not read. ValueError as above."""
+    formats = np.lib.format
+    with (reading(path, f".npz of {name}"), zipfile.ZipFile(path) as archive,
+          archive.open(f"{name}.npy") as file):
+        first = formats.read_magic(file) == (1, 0)
+        read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
+        shape, _, dtype = read(file)
+        return shape, dtype
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Inside, whatever goes wrong is a ValueError that names the file."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays.files
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is no readable .npz: {error}") from error
+        yield
+    except Exception as error:   # damaged bytes can fail anywhere in numpy's reader
+        raise ValueError(f"{path} is no readable {kind}: {error}") from error

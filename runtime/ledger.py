@@ -5,6 +5,7 @@ Epsilon is always computed from the ledger. A readable copy lies beside each pri
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from variants import pld
 
 ACCOUNTANTS = {"rdp": accountant, "pld": pld}
 NEIGHBOURS = "one example added or removed"
+MOST_ENTRIES = 1_000   # runs in one chain
 
 
 def ledger_entry(plan: PrivacyPlan, steps: int, insecure_noise_seed: int = -1) -> dict:
@@ -41,11 +43,17 @@ def is_seeded(ledger: Sequence[dict]) -> bool:
 
 
 def check(ledger: Sequence[dict]) -> None:
-    """ValueError unless each entry has the numbers of a plan, and accountants take them."""
+    """ValueError unless each entry has the numbers of a plan, and accountants take them.
+
+    Also if there are so many entries that accountants would not come to an end.
+    """
+    if len(ledger) > MOST_ENTRIES:
+        raise ValueError(f"its ledger has more than {MOST_ENTRIES:,} entries")
     for number, entry in enumerate(ledger, 1):
         try:
             accountant.released(segments([entry]))
-            usable = entry["num_examples"] > 0 < entry["max_grad_norm"] and 0 < entry["delta"] < 1
+            usable = (0 < entry["num_examples"] < math.inf and entry["max_grad_norm"] > 0
+                      and 0 < entry["delta"] < 1)
         except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"entry {number} of its ledger or plan is wrong: {error}") from error
         if not usable:
@@ -87,6 +95,12 @@ def check_overspending(ledger: Sequence[dict], plan: PrivacyPlan, epsilon: float
     return total
 
 
+def as_json(report: dict) -> bytes:
+    """The report as a file of JSON. An infinite epsilon, which JSON lacks, becomes "Infinity"."""
+    plain = json.loads(json.dumps(report), parse_constant=str)
+    return json.dumps(plain, indent=2).encode() + b"\n"
+
+
 def privacy_json(checkpoint: Path) -> Path:
     """Where the readable ledger of a checkpoint lies: beside it."""
     return checkpoint.with_suffix(".privacy.json")
@@ -100,4 +114,4 @@ def write_privacy_json(checkpoint: Path, ledger: Sequence[dict], delta: float) -
     report = {"checkpoint": checkpoint.name, "guarantee": guarantee,
               "epsilon": all_epsilons(ledger, delta), "delta": delta, "ledger": list(ledger)}
     with atomic_write(privacy_json(checkpoint)) as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
+        file.write(as_json(report))

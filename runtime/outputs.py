@@ -52,11 +52,12 @@ def same_file(one: Path, other: Path) -> bool:
 
 def check_no_input(path: Path, sources: list[Path]) -> None:
     """ValueError if `path` is one of the sources, or lies in a folder that is one."""
-    folder = Path(os.path.realpath(path.parent))
+    places = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path)).parent
+    folders = {part for place in places for part in (place, *place.parents)}   # of link and file
     for source in sources:
         if same_file(path, source):
             raise ValueError(f"{path} is what this command reads: write to another name")
-        if any(same_file(source, part) for part in (folder, *folder.parents)):
+        if any(same_file(source, part) for part in folders):
             raise ValueError(f"{path} lies in {source}, which is read as data: write elsewhere")
 
 
@@ -68,9 +69,10 @@ def check_writable(path: Path) -> None:
     if not os.path.isdir(nearest):
         raise ValueError(f"{path} cannot be written: {nearest} is no folder")
     try:
-        with created(path.parent):
-            partial_name(path).touch()
-            partial_name(path).unlink()
+        real = Path(os.path.realpath(path))
+        with created(real.parent):
+            partial_name(real).touch()
+            partial_name(real).unlink()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -92,14 +92,14 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 def rows_by_class(dataset: LabelledImages, columns: int,
                   rows: int = 10) -> tuple[np.ndarray, list[str]]:
-    """The first `columns` images of each of the first `rows` classes, and the classes' names.
+    """The first `columns` images of each of the first `rows` classes that have any.
 
-    Images uint8 [rows, columns, H, W, C]; a class with fewer images repeats them.
+    And the names of these classes. Images uint8 [rows, columns, H, W, C]; a class with fewer images
+    repeats them.
     """
-    names = dataset.classes[:rows]
-    shape = (columns, *dataset.images.shape[1:])
-    chosen = [np.resize(dataset.images[dataset.labels == k], shape) for k in range(len(names))]
-    return np.stack(chosen), names
+    shape, shown = (columns, *dataset.images.shape[1:]), np.unique(dataset.labels)[:rows]
+    chosen = [np.resize(dataset.images[dataset.labels == k], shape) for k in shown]
+    return np.stack(chosen), [dataset.classes[k] for k in shown]
 
 
 def rows_by_caption(dataset: LabelledImages, captions: list[str],

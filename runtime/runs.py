@@ -17,7 +17,7 @@ from accountant import in_words
 from dp_sgd import Batch, PrivacyPlan, Tensors, make_plan
 from ldm import EMA, LatentDiffusion
 from runtime import ledger
-from runtime.checkpoints import build_model, load_checkpoint, save_checkpoint
+from runtime.checkpoints import build_model, load_checkpoint, save_checkpoint, shapes_only
 from runtime.classes import match_classes, new_class_embedder
 from runtime.config import Config
 from runtime.describe import num_parameters
@@ -59,13 +59,35 @@ class Files:
         return cls(public, target, unfinished, outputs, inputs)
 
     @contextmanager
-    def locked(self, resume: bool, overwrite: bool) -> Iterator[None]:
-        """Inside, no other run makes the same target. ValueError as of `check`, or if one does."""
+    def locked(self, config: Config) -> Iterator[bool]:
+        """Inside, no other run makes the same target. Yields whether it is complete already.
+
+        ValueError as of `is_complete` and `check`, or if another run makes it.
+        """
+        resume, overwrite = config.run.resume, config.run.overwrite
+        if resume and not overwrite and config.stage == "private" and self.is_complete(config):
+            yield True
+            return
         check_suffix(self.target, ".pt")   # of --public-checkpoint
         check_outputs(self.outputs, self.inputs)
         with locked(self.target):
             self.check(resume, overwrite)
-            yield
+            yield False
+
+    def is_complete(self, config: Config) -> bool:
+        """Whether nothing is left to resume, which is printed.
+
+        ValueError if what lies there is not what the private run of these settings makes.
+        """
+        if not self.target.exists():
+            return False
+        metadata = load_checkpoint(self.target)[1]
+        if "plan" not in metadata or "training" in metadata:
+            raise ValueError(f"{self.target} is no finished private run: give --overwrite to "
+                             "replace it, or another --out")
+        check_same(self.target, config, of_private_stage(config, metadata), REPLACE)
+        print(f"{self.target} is complete: there is nothing to resume")
+        return True
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """ValueError if this run would replace files that it was not told to replace."""
@@ -82,12 +104,42 @@ class Files:
                              "it too, or give --overwrite to replace it")
 
 
+REPLACE = "go on with that, or give --overwrite or another --out"
+
+
+def check_same(path: Path, config: Config, made: dict, advice: str) -> None:
+    """ValueError if `config` has another setting than `made`, with which `path` was made."""
+    if difference := config.changed(made):
+        name, there, here = difference
+        raise ValueError(f"{path} was made with {name} {there}, not {here}: {advice}")
+
+
+def of_private_stage(config: Config, metadata: dict) -> dict:
+    """The settings of a private checkpoint, but with the public data's path as `config` has it.
+
+    They may have moved: no private run reads them, and the checkpoint has their digest.
+    """
+    made = metadata["config"]
+    return {**made, "data": {**made["data"], "public": config.data.public}}
+
+
 def autoencoder_beside(public: Path) -> Path:
     """Where the public stage that makes `public` keeps the autoencoder, its slower half."""
     return public.with_name("autoencoder.pt")
 
 
-# ---- what a run starts from ------------------------------------------------------------
+# ---- what a run starts from ---------------------------------------------------------------------
+
+def check_captions(captions: list[str] | None, source: str, config: Config) -> None:
+    """ValueError if a model of captions is given none; a line if it sees the start of some only."""
+    if not config.has_captions:
+        return
+    if captions is None:
+        raise ValueError(f"{source} has no captions: give data with captions (a folder with a "
+                         "metadata.jsonl), or text.length 0 for a model of classes")
+    if any(len(caption.encode()) > config.text.length for caption in captions):
+        print(f"{source}: captions are cut to {config.text.length} bytes (text.length)")
+
 
 def earlier_autoencoder(path: Path, config: Config, digest: str) -> nn.Module:
     """The autoencoder that a stopped public stage left in `path`.
@@ -95,18 +147,51 @@ def earlier_autoencoder(path: Path, config: Config, digest: str) -> nn.Module:
     digest: of the public images. ValueError if it was made of other images or with other settings.
     """
     model, metadata = load_checkpoint(path, "autoencoder")
-    made, planned = metadata["config"], dataclasses.asdict(config)
-    planned |= {table: made[table] for table in ("vae", "autoencoder")}   # no other setting counts
-    planned["public"]["seed"] = made["public"].get("seed")
-    planned["data"] |= {key: made["data"].get(key) for key in ("image_size", "channels")}
-    if difference := config.changed(planned):
-        name, there, here = difference
-        raise ValueError(f"{path} was made with {name} {there}, not {here}: go on with that, or "
-                         "give --overwrite or another --out")
+    counts = [*keys_of(config, "vae", "autoencoder"), ("public", "seed"), ("data", "image_size"),
+              ("data", "channels")]
+    check_same(path, config, with_settings(config, metadata["config"], counts), REPLACE)
     if metadata.get("public_digest") != digest:
         raise ValueError(f"{path} was made of other data: give --overwrite or another --out")
     print(f"taking the autoencoder from {path}")
     return model.vae
+
+
+def check_public(path: Path, config: Config, made: dict) -> None:
+    """ValueError if the user asks for another public model than the one that lies in OUT.
+
+    made: the settings of its public stage. The private stage may be called without the flags of the
+    public one. So what the preset sets is not asked for, unless it is another preset.
+    """
+    preset = Config.from_preset(config.preset)
+    counts = [(table, key) for table, key in (*keys_of(config, "autoencoder", "public"),
+                                              ("data", "public"))
+              if config.preset != made.get("preset")
+              or getattr(getattr(config, table), key) != getattr(getattr(preset, table), key)]
+    check_same(path, config, with_settings(config, made, counts), "give another --out, or "
+               f"--public-checkpoint {path} to take it as it is")
+
+
+def keys_of(config: Config, *tables: str) -> list[tuple[str, str]]:
+    """(table, key) of every setting in these tables."""
+    return [(table, key) for table in tables for key in vars(getattr(config, table))]
+
+
+def with_settings(config: Config, made: dict, counts: list[tuple[str, str]]) -> dict:
+    """The settings `counts`, (table, key) each, of `made`; the rest are those of `config`."""
+    settings = dataclasses.asdict(config)
+    for table, key in counts:
+        if table in made:   # of official weights only the path is known
+            settings[table][key] = made[table].get(key)
+    return settings
+
+
+def public_digest(images: np.ndarray, private: np.ndarray | tuple, config: Config) -> str:
+    """The digest of the public images; ValueError if the private ones are the same."""
+    digest = image_digest(images)
+    if digest == image_digest(private):
+        raise ValueError(f"{config.data.private} holds the images of {config.data.public}: what is "
+                         "private must not be public")
+    return digest
 
 
 @dataclass
@@ -166,10 +251,9 @@ def interrupted_run(config: Config, path: Path, num_examples: int,
     handle = str(metadata["training"].get("handle", ""))
     if can_check(handle):   # then the data may have moved: the digest tells whether they are others
         metadata["config"]["data"]["private"] = config.data.private
-    if difference := config.changed(metadata["config"]):
-        name, planned, value = difference
-        raise ValueError(f"{path} was planned and begun with {name} {planned}, not {value}: "
-                         "go on with that, or give --overwrite to start anew")
+    check_same(path, config, of_private_stage(config, metadata), "go on with that (on another "
+               "machine put the data, or a link to them, where they were), or give --overwrite to "
+               "start anew")
     begun_with = metadata["plan"]["num_examples"], metadata["classes"]
     if begun_with != (num_examples, classes):
         raise ValueError(f"{path} was begun with {begun_with[0]} examples of {begun_with[1]}, not "
@@ -190,6 +274,8 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
     public_model() -> (model, metadata), called if `public` does not exist yet. ValueError if the
     budget does not allow the run, or if the model is another than the settings ask for.
     """
+    if config.run.resume:
+        print(f"nothing to resume in {config.folder}: a new run")
     if public.exists() and config.run.pretrained:
         raise ValueError(f"there are two public models, {public} and --pretrained: leave out "
                          "--pretrained or give another --out")
@@ -200,10 +286,13 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
                      private.epsilon, private.delta, ledger.ACCOUNTANTS[private.accountant],
                      ledger.segments(earlier))
     if model is None:
-        with torch.device("meta"):   # so is a --trainable that the model does not have
+        with shapes_only():   # so is a --trainable that the model does not have
             private_parameter_names(build_model(config.architecture(len(classes))),
                                     config.context_tokens, private.trainable)
         model, metadata = public_model()
+    public_config = metadata.get("public_config", metadata["config"])
+    if not (config.run.public_checkpoint or config.run.pretrained):
+        check_public(public, config, public_config)
     wanted = config.architecture(model.architecture["num_classes"])
     if "lora_rank" in model.architecture:   # an earlier private run added it
         wanted["lora_rank"] = model.architecture["lora_rank"]
@@ -215,7 +304,6 @@ def new_run(config: Config, public: Path, num_examples: int, classes: list[str],
     if private.trainable.startswith("lora") and "lora_rank" not in model.architecture:
         add_lora(model.unet, private.lora_rank, config.public.seed)
         model.architecture["lora_rank"] = private.lora_rank
-    public_config = metadata.get("public_config", metadata["config"])
     return PrivateRun(model, plan, earlier, public_config,
                       public_digest=metadata.get("public_digest"))
 

@@ -41,12 +41,21 @@ class Output:
 
 @contextmanager
 def robust_output() -> Iterator[None]:
-    """Inside, stdout and stderr are an `Output`. A program without one of them keeps none."""
+    """Inside, stdout and stderr are an `Output`. Where one is closed, it leads nowhere."""
     before = sys.stdout, sys.stderr
-    outputs = sys.stdout, sys.stderr = [stream and Output(stream) for stream in before]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-        for output in filter(None, outputs):
-            output.flush()
+    with open(os.devnull, "w") as nowhere:
+        outputs = sys.stdout, sys.stderr = [Output(stream or nowhere) for stream in before]
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for output in outputs:
+                output.flush()
+
+
+def on_one_line(text: str) -> str:
+    """`text` with line breaks, control characters and the like spelled out, as repr does it.
+
+    A file's name or a class's may hold them, and would break a message or command the terminal.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

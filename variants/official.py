@@ -62,10 +62,16 @@ def read_state_dict(path: str | Path) -> State:
             reason = f"it is damaged or of another kind ({detail})"
         raise ValueError(f"{path} is refused: {reason}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} is refused: it has no state_dict of tensors, so it is no "
-                         "checkpoint of latent-diffusion")
+    if not isinstance(state, dict) or not all(map(is_table, state.values())):
+        raise ValueError(f"{path} is refused: it has no state_dict of tensors of real "
+                         "numbers, so it is no checkpoint of latent-diffusion")
     return state
+
+
+def is_table(value: object) -> bool:
+    """Whether `value` is a tensor of real numbers that all lie in memory."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and value.device.type == "cpu" and not value.is_complex())
 
 
 def class_table(state: State) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import datasets
 import evaluate
 from datasets import rendered
 from runtime.files import read_arrays
+from runtime.samples import caption
 from tiny import refuse
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -276,7 +278,38 @@ def test_json_is_written_after_every_row(samples, monkeypatch):
     assert [r["name"] for r in json.loads(Path("r.json").read_text())["results"]] == ["eps2"]
 
 
+def test_an_infinite_epsilon_is_valid_json(folder, capsys):
+    """It is that of a run whose noise follows from a seed."""
+    path = write_samples(folder / "seeded.npz", origin=json.dumps({**ORIGIN, "epsilon": math.inf}))
+    run(path, "--classifiers", "logreg")
+    report = json.loads(Path("r.json").read_text(), parse_constant=pytest.fail)
+    assert report["results"][0]["origin"] == {**ORIGIN, "epsilon": "Infinity"}
+    assert table(capsys.readouterr().out)[1][2] == "inf"
+    assert "logreg" in caption([ORIGIN], Path("r.json"))   # sample.py reads it
+
+
+def test_rows_have_names_that_differ(folder, capsys):
+    for name in ("a/s.npz", "b/s.npz", "real digits.npz", "t.npz"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_samples(folder / name)
+    report = run("a/s.npz", "b/s.npz", "real digits.npz", "t.npz", "--real-baseline",
+                 "--classifiers", "logreg")
+    assert [row["name"] for row in report["results"]] == [
+        "a/s.npz", "b/s.npz", "real digits.npz", "t", "real digits"]
+
+
+def test_a_row_is_one_line_whatever_its_name(folder, capsys):
+    run(write_samples(folder / "a\nb.npz"), "--classifiers", "logreg")
+    assert table(capsys.readouterr().out)[1][:2] == ["a\\nb", "40"]
+
+
 # ---- refusals ----------------------------------------------------------------------------------
+
+# What sample.py never says of where samples are from.
+STRANGE = ["[" * 100_000, "{" * 100_000, '{"a": [[[[[[1]]]]]]}', '{"real": true}', *(
+    f'{{"epsilon": {value}}}' for value in (
+        '"x"', '"3"', '{"a": 1}', "[2]", "-1", "-Infinity", "NaN", "1" + 400 * "0"))]
+
 
 @pytest.fixture
 def files(samples, folder):
@@ -289,6 +322,7 @@ def files(samples, folder):
     write_samples(folder / "fewer.npz", labels=np.arange(39) % 10)
     np.savez(folder / "nine.npz", images=np.zeros((9, 32, 32, 1), np.uint8), labels=np.arange(9))
     for name, origin in (("no-json", "private.pt"), ("number", "3"), ("list", '["a"]'),
+                         *((f"origin{k}", text) for k, text in enumerate(STRANGE)),
                          ("captions", '{"prompts": ["a thin digit 7"]}')):
         write_samples(folder / f"{name}.npz", origin=origin)
     (folder / "report.json").write_text('{"test_images": 50}')
@@ -333,6 +367,9 @@ NPZ = "must hold uint8 images [n, H, W, C] and integer labels [n] from 0 up, at 
     ("no-json.npz", "no-json.npz has an entry 'origin' that is not sample.py's"),
     ("number.npz", "number.npz has an entry 'origin'"),
     ("list.npz", "list.npz has an entry 'origin'"),
+    *((f"origin{k}.npz", f"origin{k}.npz has an entry 'origin'") for k in range(len(STRANGE))),
+    ("eps2.npz --inception .", ". is no file: give the name of one"),
+    ("eps2.npz --inception . --download", ". is no file"),
     ("captions.npz", "captions.npz holds samples of captions"),
     ("eps2.npz small.npz", "small has images of the shape (16, 16, 1), where those of digits are "
                            "converted to (32, 32, 1)"),

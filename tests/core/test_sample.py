@@ -152,6 +152,8 @@ REFUSED = [
     (["--grid", "g.png", "--guidance", "nan"], "--guidance must be finite"),
     (["--grid", "g.png", "--columns", "0"], "--columns must be at least 1"),
     (["--grid", "g.png", "--caption-from", "missing.json"], "missing.json"),
+    (["--grid", "g.png", "--npz", "s.npz", "--caption-from", "missing.json"], "missing.json"),
+    (["--grid", "g.png", "--npz", "s.npz", "--real", "nonsense"], "unknown data"),
     (["--grid", "g.png", "--prompt", "a cat"], "leave out --prompt"),
     (["--grid", "g.jpg"], "must be the name of a .png file"),
     (["--npz", "s.png"], "must be the name of a .npz file"),

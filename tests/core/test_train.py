@@ -17,7 +17,17 @@ from dp_sgd import PrivacyPlan, private_parameter_names
 from ldm import lr_factor
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import one_line_errors
-from tiny import FLAGS, arguments, configure, flat, refuse, tiny_data, tiny_model, write_images
+from tiny import (
+    FLAGS,
+    STAGES,
+    arguments,
+    configure,
+    flat,
+    refuse,
+    tiny_data,
+    tiny_model,
+    write_images,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,6 +205,34 @@ def test_an_autoencoder_of_other_settings_is_refused(public, tmp_path, capsys, o
     assert told in message and "autoencoder.pt was made with" in message and not optimizer_steps
 
 
+def other_public_model(public: Path, folder: Path) -> list[str]:
+    """A private run's command, to whose folder another public stage's model is put."""
+    (folder / "public.pt").write_bytes((public / "public.pt").read_bytes())
+    return arguments(public, folder, "--epochs", 1)[2:]   # without --public-checkpoint
+
+
+@pytest.mark.parametrize("more, told", [
+    (["--public-steps", "3"], "--public-steps 2, not 3"), (["--seed", "1"], "--seed 0, not 1"),
+    (["--set", "public.batch=5"], "public.batch 4, not 5"),
+    (["--set", "autoencoder.steps=3"], "autoencoder.steps 2, not 3"),
+    (["--public-data", "scenes"], "public-images, not scenes"),
+    (["--preset", "mnist"], "public.lr 0.004, not 0.002")])
+def test_a_public_model_of_other_settings_is_refused(public, tmp_path, capsys, more, told):
+    command = [*other_public_model(public, tmp_path), *more]
+    message = refuse(capsys, train.main, command)
+    assert "public.pt was made with" in message and told in message
+    assert f"--public-checkpoint {tmp_path}/public.pt to take it as it is" in message
+    train.main([*command, "--public-checkpoint", str(tmp_path / "public.pt")])
+
+
+def test_the_private_stage_need_not_repeat_public_flags(public, tmp_path):
+    command = other_public_model(public, tmp_path)
+    for flag in ("--public-data", *STAGES[:4]):   # now as the preset has them
+        del command[(k := command.index(flag)) - (flag[0] != "-"):k + 1 + (flag[0] == "-")]
+    train.main(command)
+    assert load_checkpoint(tmp_path / "private-eps3.pt")[1]["config"]["public"]["steps"] != 2
+
+
 @pytest.mark.parametrize("stage, names", [
     ("public", ["public.pt", "public.png", "autoencoder.pt"]),
     ("private", ["private-eps3.pt", "private-eps3.png", "private-eps3.privacy.json",
@@ -306,10 +344,14 @@ def test_what_cannot_work_is_refused_before_the_public_stage(public, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_public_data_are_never_trained_on_privately(public, tmp_path, capsys):
+def test_public_data_are_never_trained_on_privately(public, tmp_path, capsys, optimizer_steps):
     command = arguments(public, tmp_path / "out")
     detour = public / "private-images/../private-images"
     assert "they must differ" in refuse(capsys, train.main, [*command, "--public-data", detour])
+    same = [*command[2:], "--private-data", shutil.copytree(public / "public-images",
+                                                            tmp_path / "copy")]
+    assert f"copy holds the images of {public}" in refuse(capsys, train.main, same)
+    assert not optimizer_steps and [path.name for path in tmp_path.iterdir()] == ["copy"]
     swapped = ["--private-data", public / "public-images", "--public-data", "digits"]
     assert "without privacy" in refuse(capsys, train.main, [*command, *swapped])
 

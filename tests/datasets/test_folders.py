@@ -154,6 +154,40 @@ def test_grey_of_16_bits_is_scaled(tree, kind, capsys):
     assert "grey of 16 bits, 0 to 65535, becomes 0 to 255" in capsys.readouterr().out
 
 
+def test_grey_of_16_bits_may_be_inverted_or_transparent(tree):
+    values, file = np.array([[0, 257, 65_535]] * 3, np.uint16), io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF", tiffinfo={262: 0})   # 0 is white
+    inverted = file.getvalue()
+    chunk = b"tRNS" + struct.pack(">H", 257)   # behind the header: this grey is transparent
+    content = encoded(values, "PNG")
+    transparent = (content[:33] + struct.pack(">I", 2) + chunk
+                   + struct.pack(">I", zlib.crc32(chunk)) + content[33:])
+    source = tree({"a/0.tif": inverted, "a/1.png": transparent})
+    images = load(source, "train", image_size=3).images[:, 0, :, 0]
+    assert images.tolist() == [[255, 254, 0], [0, 255, 255]]
+
+
+def test_all_formats_stand_upright(tree):
+    exif, picture = Image.Exif(), np.zeros((32, 32), np.uint8)
+    exif[0x0112], picture[:16] = 6, 255
+    kinds = {"jpg": "JPEG", "tif": "TIFF", "png": "PNG", "webp": "WEBP"}
+    files = {f"a/0.{ending}": encoded(picture, kind, exif=exif) for ending, kind in kinds.items()}
+    for image in load(tree(files), "train", image_size=32).images[..., 0]:
+        assert image[:, 18:].min() > 200 and image[:, :14].max() < 50
+
+
+def test_damaged_pictures_of_many_frames_are_refused_by_name(tmp_path):
+    frames, file = [Image.new("L", (8, 8), 50 * k) for k in range(4)], io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    content = file.getvalue()
+    for size in range(20, len(content) - 20, 7):
+        write({"a/0.gif": content[:size], "a/1.png": plain(1)}, tmp_path)
+        try:
+            load(str(tmp_path), "train", image_size=8)
+        except ValueError as error:
+            assert "a/0.gif" in str(error)
+
+
 def with_exif(orientation: int, damage: str) -> bytes:
     """A JPEG whose upper half is white, with an EXIF that holds a tag of an odd type, or is cut."""
     tags = (b"II*\0" + struct.pack("<IH", 8, 2) + struct.pack("<HHIf", 0x10F, 11, 1, 1.5)
@@ -216,7 +250,7 @@ def test_captions_of_train_and_test(tree, where):
 
 
 @pytest.mark.parametrize("labels, classes", [(["cat", "ant"], ["ant", "cat"]),
-                                             ([10, 9], ["9", "10"])])
+                                             ([2, 1], ["1", "2"])])
 @pytest.mark.parametrize("text", [{"text": "x"}, {}])
 def test_labels_with_and_without_captions(tree, labels, classes, text):
     entries = [{"file_name": f"{k}.png", "label": label, **text} for k, label in enumerate(labels)]
@@ -233,6 +267,8 @@ def test_labels_with_and_without_captions(tree, labels, classes, text):
     (b'{"file_name": "\\u0000.png", "text": "x"}', "cannot read \0.png"),
     (b'{"text": "x"}', "line 2 of"),
     (b'{"file_name": 3}', "line 2 of"),
+    (b'{"image": "0.png"}', "line 2 of .* no file_name"),
+    (b'{"file_name": "1.png", "text": "half \\ud83d"}', "line 2 of .*surrogate"),
     (b'{"file_name": "0.png", "text": 4}', "line 2 of"),
     (b'{"file_name": "0.png", "text": "x", "label": -1}', "line 2 of"),
     (b"\xff\xfe", "cannot read metadata.jsonl"),
@@ -247,6 +283,31 @@ def test_damaged_metadata_is_refused_by_line(tree, line, complaint):
     first = metadata({"file_name": "0.png", "text": "x"})
     with pytest.raises(ValueError, match=complaint):
         load(tree({"0.png": plain(1), "metadata.jsonl": first + line}), "train", image_size=8)
+
+
+def labelled(*labels: object) -> dict[str, bytes]:
+    """Images 0.png, 1.png, ... with these labels."""
+    entries = [{"file_name": f"{k}.png", "label": label} for k, label in enumerate(labels)]
+    return {**{f"{k}.png": plain(k) for k in range(len(labels))},
+            "metadata.jsonl": metadata(*entries)}
+
+
+def test_labels_with_gaps_are_refused(tree):
+    with pytest.raises(ValueError, match="3 numbers from 0 to 255: count from 0 or 1"):
+        load(tree(labelled(0, 1, 0, 255)), "train", image_size=8)
+
+
+def test_one_accent_in_two_spellings_is_one_label(tree):
+    dataset = load(tree(labelled("caf\u00e9", "cafe\u0301", "bar")), "train", image_size=8)
+    assert dataset.classes == ["bar", "caf\u00e9"] and dataset.labels.tolist() == [1, 1, 0]
+
+
+def test_keys_that_are_not_used_are_counted(tree):
+    lines = metadata({"file_name": "0.png", "caption": "a cat"},
+                     {"file_name": "1.png", "caption": "a dog", "class": 3})
+    source = tree({"0.png": plain(1), "1.png": plain(2), "metadata.jsonl": lines})
+    assert load(source, "train", image_size=8).left_out == {
+        "'caption' of metadata.jsonl": 2, "'class' of metadata.jsonl": 1}
 
 
 @pytest.mark.parametrize("spelling", ["0.png", "./0.png", "a/../0.png"])

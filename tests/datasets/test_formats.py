@@ -251,6 +251,25 @@ def test_damaged_gzip_is_refused(tmp_path):
             formats.read_idx(path)
 
 
+@pytest.mark.parametrize("test", [
+    dict(test_images=COLOUR[:2], test_labels=np.arange(3)),
+    dict(test_images=COLOUR[:2] / 255, test_labels=np.arange(2)), dict(test_images=COLOUR)])
+def test_both_halves_of_an_npz_are_checked_before_training(tmp_path, test):
+    np.savez(tmp_path / "mine.npz", train_images=COLOUR, train_labels=np.arange(6), **test)
+    with pytest.raises(ValueError, match="test_(images|labels)"):
+        load(str(tmp_path / "mine.npz"), "train", channels=3)
+
+
+def test_labels_that_are_too_many_are_not_unpacked(tmp_path):
+    np.savez_compressed(tmp_path / "mine.npz", images=COLOUR, labels=np.zeros(10_000_000, int))
+
+    def refused() -> None:
+        with pytest.raises(ValueError, match="6 images but 10000000 labels"):
+            load(str(tmp_path / "mine.npz"), "train", channels=3)
+
+    assert peak_memory(refused) < 1_000_000
+
+
 @pytest.mark.parametrize("name, pack", [
     ("images.gz", gzip.compress),
     ("b.zip", lambda zeros: zipped({"a/1.bin": zeros}, zipfile.ZIP_DEFLATED)),
@@ -276,10 +295,10 @@ def test_zeros_that_unpack_to_much_are_refused_too(tmp_path, monkeypatch, name, 
     (dict(images=COLOUR / 255, labels=np.arange(6)), "give uint8"),
     (dict(images=COLOUR.transpose(0, 3, 1, 2), labels=np.arange(6)), "give uint8"),
     (dict(images=COLOUR, labels=np.arange(6) / 2), "give integers"),
-    (dict(images=COLOUR, labels=-np.arange(6)), "give integers"),
+    (dict(images=COLOUR, labels=-np.arange(6)), "labels below 0: give integers"),
     (dict(images=COLOUR, labels=np.eye(6, dtype=int)), "give integers"),
     (dict(images=COLOUR, labels=np.array(3)), "give integers"),
-    (dict(images=COLOUR, labels=np.arange(5)), "6 images but 5 labels"),
+    (dict(images=COLOUR, labels=np.arange(5)), "mine.npz has 6 images but 5 labels"),
     (dict(images=COLOUR, labels=np.array([0, 1, 255, 2, 2, 2])), "4 numbers from 0 to 255"),
     (dict(images=COLOUR, labels=np.array([2, 3, 2, 2, 2, 2])), "2 numbers from 2 to 3"),
     (dict(images=COLOUR, labels=np.array([0, 1, 2, 2, 2, -1]).astype(np.uint64)),
@@ -287,8 +306,11 @@ def test_zeros_that_unpack_to_much_are_refused_too(tmp_path, monkeypatch, name, 
     (dict(images=COLOUR, labels=np.arange(6), classes=np.array(list("abcde"))), "6 or more"),
     (dict(images=COLOUR, labels=np.arange(6), classes=np.array(list("abcdee"))), "different"),
     (dict(images=COLOUR, labels=np.arange(6), classes=np.arange(6)), "strings"),
+    (dict(images=COLOUR, labels=np.arange(6) % 2, classes=np.array(["e\u0301", "\u00e9"])),
+     "different strings"),
     (dict(images=COLOUR, labels=np.arange(6), classes=np.array("abcdef")), "strings"),
-    (dict(images=COLOUR, labels=np.array(list("abcdef"), object)), "no readable .npz"),
+    (dict(images=COLOUR, labels=np.array(list("abcdef"), object)), "object .*give integers"),
+    (dict(images=COLOUR[:, :0], labels=np.arange(6)), "give uint8"),
 ])
 def test_other_npz_files_are_refused(tmp_path, arrays, complaint):
     np.savez(tmp_path / "mine.npz", **arrays)

@@ -102,7 +102,7 @@ def test_a_conversion_is_said_once(tmp_path, capsys):
     for _ in range(2):
         load("mnist", "train", str(tmp_path), image_size=64, channels=3)
     assert capsys.readouterr().out.count(
-        "mnist: images of 32x32 pixels in grey are converted to 64x64 in colour\n") == 1
+        "mnist: images of other sizes or colours are converted to 64x64 in colour\n") == 1
     write({"a/0.png": plain(1), "a/1.png": plain(2)}, tmp_path / "pictures")
     for _ in range(2):
         load(str(tmp_path / "pictures"), "train", image_size=4)
@@ -130,6 +130,11 @@ def test_a_line_says_what_was_loaded_and_left_out(tmp_path, capsys):
         "pets: no image of owl for train"]
     assert said_of(PETS, tmp_path, capsys, "test") == [
         "pets (test): 2 images, 2 classes; left out: 2 .txt, 2 train images, 1 hidden folder"]
+
+
+def test_names_break_no_line(tmp_path, capsys):
+    files = {"train/a/0.png": plain(1), "test/b\n\x1b[1mc/0.png": plain(1)}
+    assert said_of(files, tmp_path, capsys)[1] == r"pets: no image of b\n\x1b[1mc for train"
 
 
 def test_one_image_of_one_class_is_singular(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Links, unreadable folders, zips of other systems, damaged and hostile zips."""
 
+import io
 import os
 import stat
 import struct
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_files import encoded, peak_memory, plain, write, zipped
+from small_files import encoded, metadata, peak_memory, plain, write, zipped
 
 from datasets import formats, load
 
@@ -25,9 +26,10 @@ def test_links_that_lead_nowhere_are_left_out(tmp_path):
     write({"a/0.png": plain(1), "b/0.png": plain(2)}, tmp_path)
     (tmp_path / "a/around").symlink_to(tmp_path)
     (tmp_path / "a/1.png").symlink_to("missing.png")
+    (tmp_path / "a/3.png").symlink_to("3.png")
     os.mkfifo(tmp_path / "a/2.png")
     assert load(str(tmp_path), "train", image_size=8).left_out == {
-        "link{s} to a folder around it": 1, "broken link{s}": 1, "special file{s}": 1}
+        "link{s} to a folder around it": 1, "broken link{s}": 2, "special file{s}": 1}
 
 
 @pytest.mark.parametrize("link, target", [("b", "a"), ("a/1.png", "a/0.png")])
@@ -36,6 +38,24 @@ def test_an_image_that_two_links_lead_to_is_refused(tmp_path, link, target):
     (tmp_path / link).symlink_to(tmp_path / target)
     with pytest.raises(ValueError, match="are one file: it would count twice"):
         load(str(tmp_path), "train", image_size=8)
+
+
+def test_images_that_a_list_names_are_followed_too(tmp_path):
+    names = ("a.dat", "b.dat")   # no endings of pictures
+    write({"a.dat": plain(1), "metadata.jsonl": metadata(*({"file_name": n} for n in names))},
+          tmp_path)
+    (tmp_path / "b.dat").symlink_to("a.dat")
+    with pytest.raises(ValueError, match="a.dat.* are one file: it would count twice"):
+        load(str(tmp_path), "train", image_size=8)
+
+
+def test_a_link_to_what_is_left_out_counts_once(tmp_path):
+    write({"blobs/1f3e": plain(1), "blobs/2a4b": plain(2)}, tmp_path)   # as hubs keep files
+    for name, blob in (("cat", "1f3e"), ("dog", "2a4b")):
+        (tmp_path / "rev" / name).mkdir(parents=True)
+        (tmp_path / "rev" / name / "0.png").symlink_to(tmp_path / "blobs" / blob)
+    dataset = load(str(tmp_path), "train", image_size=8)
+    assert dataset.classes == ["cat", "dog"]
 
 
 def test_an_unreadable_folder_is_refused(tmp_path, monkeypatch):
@@ -58,6 +78,26 @@ def test_zips_of_windows_have_folders_too(tmp_path):
             archive.writestr(name, plain(1))
     dataset = load(str(tmp_path / "images.zip"), "train", image_size=8)
     assert dataset.classes == ["cat", "dog"] and dataset.left_out == {"test image{s}": 1}
+
+
+def test_zips_of_macs_have_the_names_of_the_folder(tmp_path):
+    content = zipped({"train/cafe\u0301/0.png": plain(1), "test/caf\u00e9/0.png": plain(1)})
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:   # Macs do not say that names are UTF-8
+        offsets = [archive.start_dir, *(member.header_offset for member in archive.infolist())]
+    content = bytearray(content)
+    entry = offsets[0]
+    for local in offsets[1:]:
+        content[local + 7] &= ~0x08
+        content[entry + 9] &= ~0x08
+        entry = content.find(b"PK\1\2", entry + 1)
+    (tmp_path / "images.zip").write_bytes(content)
+    dataset = load(str(tmp_path / "images.zip"), "train", image_size=8)
+    assert dataset.classes == ["caf\u00e9"]
+
+
+def test_the_root_of_a_zip_is_not_left_out(tmp_path):
+    (tmp_path / "images.zip").write_bytes(zipped({"./": b"", "./a/0.png": plain(1)}))
+    assert not load(str(tmp_path / "images.zip"), "train", image_size=8).left_out
 
 
 def test_links_in_a_zip_are_left_out(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back; damaged, foreign and malicious files are refused."""
 
+import functools
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -150,14 +151,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")   # of the bare tensor
 @pytest.mark.parametrize("write, reason", REFUSED.values(), ids=REFUSED)
-def test_a_foreign_file_is_refused(model, tmp_path, write, reason):
+def test_a_foreign_file_is_refused(model, tmp_path, recwarn, write, reason):
     path = tmp_path / "model.pt"
     write(path, model)
     with pytest.raises(ValueError, match=reason) as error:
         load_checkpoint(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and not recwarn.list
 
 
 # What a whole private checkpoint holds, and how it may be damaged, or made to do harm.
@@ -190,7 +190,8 @@ HOSTILE = {
                  ("expected_batch", 0.5), ("num_examples", 0.5)))],
     "ledger": ["a ledger", ["an entry"], [[]], {"0": PLAN}, [{**PLAN, "steps": -3}], [{}],
                [PLAN, {**PLAN, "expected_batch": -5, "num_examples": -20}], 7,
-               [{**PLAN, "num_examples": 0}]],
+               [{**PLAN, "num_examples": 0}], [{**PLAN, "num_examples": float("inf")}],
+               1_001 * [PLAN]],
     "classes": [[1, 2, 3], "abc", {"a": 1}, ["a"], list("abcd"), torch.zeros(3), None],
     "config": [None, [], "config", {}, {**CONFIG, "data": None}, {**CONFIG, "private": {}},
                {**CONFIG, "data": {"public": 7}}, {**CONFIG, "data": nested(50)}],
@@ -201,7 +202,16 @@ HOSTILE = {
             ("unet", "model_channels", HUGE), ("unet", "num_res_blocks", HUGE),
             ("unet", "channel_mult", [1] * 10**5), ("unet", "context_dim", HUGE),
             ("vae", "num_res_blocks", HUGE), ("vae", "resolution", HUGE), ("vae", "ch", HUGE),
-            ("vae", "resolution", 0), ("vae", "z_channels", -1), ("unet", "num_heads", 0)]),
+            ("vae", "resolution", 0), ("vae", "z_channels", -1), ("unet", "num_heads", 0),
+            ("vae", "resolution", 8.5), ("vae", "resolution", 8.0), ("vae", "resolution", 9),
+            ("vae", "resolution", 2), ("vae", "resolution", True), ("vae", "embed_dim", None),
+            ("vae", "ch_mult", (1, 2.0)), ("vae", "attn_resolutions", (-1,)),
+            ("unet", "num_heads", -1), ("unet", "num_heads", 2.0), ("unet", "num_heads", True),
+            ("unet", "num_heads", None), ("unet", "num_head_channels", -1),
+            ("unet", "num_res_blocks", -1), ("unet", "transformer_depth", 10**5)]),
+        *({**ARCHITECTURE, end: bad} for end in ("linear_start", "linear_end")
+          for bad in (0, -0.01, 1, float("nan"), float("inf"), "0.01")),
+        {**ARCHITECTURE, "linear_end": 0.5},
         {**ARCHITECTURE, "text": {"layers": HUGE, "length": 4}},
         {**ARCHITECTURE, "text": {"layers": 1, "length": HUGE}},
         {**ARCHITECTURE, "lora_rank": HUGE}],
@@ -210,7 +220,10 @@ HOSTILE = {
     "training/parameters": [{}, {"w": torch.zeros(2)}, None, [torch.zeros(2)]],
     "training/ema": [{}, {"w": torch.zeros(2)}, None],
     "training/optimizer": [None, {}, {"state": {0: {}}}, {"state": []}],
-    "model": [{}, [], {"w": 1}],
+    "training/ema/latent_scale": [torch.tensor(1), torch.tensor(1j), 1],
+    "model": [{}, [], {"w": 1}, torch.zeros(2)],
+    "model/latent_scale": [torch.tensor(1), torch.tensor(1j), torch.tensor(True), 1,
+                           torch.tensor(1.0).to_sparse(), torch.tensor(1.0, device="meta")],
 }
 CASES = [(place, bad) for place, values in HOSTILE.items() for bad in values
          if (place, str(bad)) != ("training/optimizer", "{'state': []}")]   # it was saved at step 0
@@ -225,8 +238,7 @@ def test_a_whole_private_checkpoint_is_taken(model, tmp_path):
 def test_damaged_metadata_are_one_line(model, tmp_path, place, bad):
     path, content = tmp_path / "model.pt", private(model)
     *outer, last = place.split("/")
-    table = content[outer[0]] if outer else content
-    table[last] = bad
+    functools.reduce(dict.__getitem__, outer, content)[last] = bad
     torch.save(content, path)
     with pytest.raises(ValueError, match=f"{path} is damaged or of another program") as error:
         load_checkpoint(path)
@@ -247,6 +259,14 @@ def test_weights_that_are_not_finite_are_refused(model, tmp_path, bad):
     next(model.unet.parameters()).data.flatten()[-1] = bad
     save_checkpoint(tmp_path / "model.pt", model, classes=CLASSES, config=CONFIG)
     with pytest.raises(ValueError, match="a weight is not finite"):
+        load_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_latent_scale_must_be_positive(model, tmp_path, scale):
+    model.latent_scale.fill_(scale)
+    save_checkpoint(tmp_path / "model.pt", model, classes=CLASSES, config=CONFIG)
+    with pytest.raises(ValueError, match="model.pt is refused: its latent scale is"):
         load_checkpoint(tmp_path / "model.pt")
 
 

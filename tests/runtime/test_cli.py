@@ -10,9 +10,10 @@ import torch
 from runtime.cli import Parser, find_device, one_line_errors, stop_after_step
 
 
-def ending(capsys: pytest.CaptureFixture, error: BaseException) -> tuple[object, str]:
+def ending(capsys: pytest.CaptureFixture, error: BaseException,
+           several: bool = False) -> tuple[object, str]:
     """(exit code, what is on stderr) of a program that raises `error`."""
-    with pytest.raises(SystemExit) as stop, one_line_errors():
+    with pytest.raises(SystemExit) as stop, one_line_errors(several):
         raise error
     return stop.value.code, capsys.readouterr().err
 
@@ -21,6 +22,7 @@ def ending(capsys: pytest.CaptureFixture, error: BaseException) -> tuple[object,
 
 @pytest.mark.parametrize("error, line", [
     (ValueError("eps is wrong"), "error: eps is wrong\n"),
+    (ValueError("a\nb.pt is no \x1b[2J"), "error: a\\nb.pt is no \\x1b[2J\n"),
     (FileNotFoundError(2, "No such file", "a.pt"), "error: [Errno 2] No such file: 'a.pt'\n")])
 def test_bad_input_is_one_line_and_code_2(capsys, error, line):
     assert ending(capsys, error) == (2, line)
@@ -42,20 +44,22 @@ def test_mistakes_of_the_code_keep_their_traceback(error):
 
 
 @pytest.mark.parametrize("error, words", [
-    (KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("saved after step 3"), "after step 3")])
+    (KeyboardInterrupt(), "\nstopped\n"), (KeyboardInterrupt("a\nb"), "\na\\nb\n")])
 def test_ctrl_c_ends_with_code_130(capsys, error, words):
     code, line = ending(capsys, error)
-    assert code == 130 and words in line
+    assert code == 130 and line == words   # below a progress bar
 
 
-@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
-def test_where_processes_cannot_agree_the_first_speaks(monkeypatch, capsys, rank, lines):
+@pytest.mark.parametrize("several, rank, lines", [
+    (True, "0", 1), (True, "1", 0), (False, "0", 1), (False, "1", 1)])
+def test_where_processes_cannot_agree_the_first_speaks(monkeypatch, capsys, several, rank, lines):
+    """Programs that work alone ignore what torchrun has left in the environment."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of a torchrun that has ended")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     for error, expected in ((ValueError("x"), 2), (KeyboardInterrupt("x"), 130)):
-        code, printed = ending(capsys, error)
+        code, printed = ending(capsys, error, several)
         assert code == expected and printed.count("x") == lines
 
 

@@ -102,6 +102,7 @@ def test_numbers_are_positive_and_finite(place):
 
 @pytest.mark.parametrize("assignments, words", [
     (["vae.ch_mult=[1, 2, 0]"], "vae.ch_mult must be positive"),
+    (["private.trainable=lora:last:1", "private.lora_rank=33"], "lora_rank must be at most 32"),
     *[([f"{stage}.lr=1e20"], "lr must be at most 1, not 1e\\+20")
       for stage in ("private", "public", "autoencoder")],
     (["data.image_size=10"], "data.image_size must be a multiple of 4"),

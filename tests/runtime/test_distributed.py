@@ -194,7 +194,7 @@ import torch
 from runtime import distributed
 from runtime.cli import one_line_errors, stop_after_step
 
-with one_line_errors(), distributed.process_group(), stop_after_step() as asked:
+with one_line_errors(several=True), distributed.process_group(), stop_after_step() as asked:
     if os.environ["RANK"] == "1":
         if sys.argv[1] == "kill":
             os._exit(9)
@@ -218,6 +218,11 @@ def test_the_first_error_is_reported_and_no_other(tmp_path, how, line):
     # torchrun's own account comes last.
     assert line in said[0] and done.returncode == 1
     assert ["Traceback" in text for text in said[1:]] == [True], done.stderr
+
+
+def test_an_error_before_they_meet_is_said_once():
+    done = torchrun("train.py", "--eps", "none")
+    assert done.stderr.count("error: argument --eps") == 1 and done.returncode == 1
 
 
 # ---- runs of two processes ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from runtime.checkpoints import save_checkpoint
-from runtime.files import array_names, atomic_write, read_arrays, save_arrays
+from runtime.files import array_header, array_names, atomic_write, read_arrays, save_arrays
 from runtime.pictures import save_grid
 from tiny import tiny_model
 
@@ -32,6 +32,17 @@ def test_atomic_write_replaces_at_the_end(tmp_path):
         assert path.read_bytes() == b"first"
     assert path.read_bytes() == b"second"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_link_leads_to_is_written(tmp_path, there):
+    link, path = tmp_path / "link", tmp_path / "deep/file"
+    link.symlink_to("deep/file")
+    if there:
+        write_bytes(path, b"old")
+    write_bytes(link, b"new")
+    assert link.is_symlink() and path.read_bytes() == b"new"
+    assert sorted(tmp_path.iterdir()) == [path.parent, link] and [*path.parent.iterdir()] == [path]
 
 
 def test_on_commit_is_called_before_the_file_is_replaced(tmp_path):
@@ -150,6 +161,17 @@ def test_what_is_no_npz_is_refused(tmp_path, read, content):
     (tmp_path / "mine.npz").write_bytes(content)
     with pytest.raises(ValueError, match="mine.npz is no readable .npz"):
         read(tmp_path / "mine.npz")
+
+
+@pytest.mark.parametrize("content", [
+    b"text", b"\x93NUMPY\1\0\x06\0{'desc", b"\x93NUMPY\1\0\4\0(]\n\n"])
+def test_a_member_that_is_no_array_is_refused(tmp_path, content):
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        archive.writestr("images.npy", content)
+    for read in (lambda path: read_arrays(path, ["images"]),
+                 lambda path: array_header(path, "images")):
+        with pytest.raises(ValueError, match="mine.npz is no readable .npz of images"):
+            read(tmp_path / "mine.npz")
 
 
 def test_pickled_objects_are_never_loaded(tmp_path):

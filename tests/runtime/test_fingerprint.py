@@ -163,7 +163,8 @@ def stays(tmp_path: Path) -> list[str]:
 def moves(tmp_path: Path) -> list[str]:
     (tmp_path / "out").rename(tmp_path / "moved")
     (tmp_path / "photos").rename(tmp_path / "pictures")
-    return ["--out", "moved", "--private-data", "pictures"]
+    (tmp_path / "letters").rename(tmp_path / "alphabet")
+    return ["--out", "moved", "--private-data", "pictures", "--public-data", "alphabet"]
 
 
 def links(tmp_path: Path) -> list[str]:
@@ -195,7 +196,8 @@ def test_on_another_machine_moved_data_are_refused(tmp_path, begun, capsys, stat
     shutil.rmtree(state)
     capsys.readouterr()
     message = refuse(capsys, train.main, [*begun, "--resume", *moves(tmp_path)])
-    assert "begun with --private-data photos, not pictures" in message
+    assert "made with --private-data photos, not pictures" in message
+    assert "put the data, or a link to them, where they were" in message
 
 
 def test_a_new_run_forgets_the_data_of_the_old_one(begun, state):

@@ -105,6 +105,13 @@ def test_seeded_noise_guarantees_nothing(tmp_path):
     assert report["guarantee"].startswith("NONE: the noise follows from a seed")
 
 
+def test_an_infinite_epsilon_is_valid_json(tmp_path):
+    entries = [ledger.ledger_entry(dataclasses.replace(PLAN, noise_multiplier=1e-200), 300)]
+    ledger.write_privacy_json(tmp_path / "a.pt", entries, 1e-5)
+    report = json.loads((tmp_path / "a.privacy.json").read_text(), parse_constant=pytest.fail)
+    assert report["epsilon"] == {"rdp": "Infinity"}
+
+
 # ---- in a run ----------------------------------------------------------------------------------
 
 def test_a_checkpoint_carries_its_ledger(private):

@@ -68,6 +68,20 @@ def test_the_first_of_several_processes_locks(tmp_path, as_process):
             pass
 
 
+def test_somebody_s_file_is_no_lock(tmp_path):
+    path = tmp_path / "model.pt.lock"
+    path.write_text("precious")
+    with pytest.raises(ValueError, match=f"{path} is not empty"), locked(tmp_path / "model.pt"):
+        pass
+    assert path.read_text() == "precious"
+
+
+def test_a_link_is_locked_where_it_leads(tmp_path):
+    (tmp_path / "link.pt").symlink_to("model.pt")
+    with locked(tmp_path / "link.pt"):
+        assert_locked(tmp_path / "model.pt")
+
+
 # ---- runs --------------------------------------------------------------------------------------
 
 def test_a_second_run_of_one_target_is_refused(public, tmp_path, in_step):

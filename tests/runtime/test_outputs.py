@@ -29,7 +29,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("folder.png").mkdir()
     os.mkfifo("pipe.json")
     for link, target in (("link", "pets"), ("link.npz", "pets.npz"), ("null.json", "/dev/null"),
-                         ("nowhere", "missing")):
+                         ("nowhere", "missing"), ("in.png", "pets/cat/1.png"),
+                         ("pets/out.png", "../1.png"), ("closed.png", "/proc/1.png")):
         Path(link).symlink_to(target)
     os.link("pets.zip", "hard.png")
     return tmp_path
@@ -46,6 +47,9 @@ REFUSED = [
     ("pets/new/1.png", "digits ./pets/", "lies in pets, which is read as data"),
     ("link/cat/1.png", "pets", "lies in pets, which is read as data"),
     ("pets/cat/1.png", "link", "lies in link, which is read as data"),
+    ("in.png", "pets", "in.png lies in pets, which is read as data"),
+    ("pets/out.png", "pets", "out.png lies in pets, which is read as data"),
+    ("closed.png", "", "closed.png cannot be written"),
     ("new.png", ".", "lies in ., which is read as data"),
     ("new.png ./new.png", "", "new.png would be written twice"),
     ("pets/new.png link/new.png", "", "would be written twice"),

@@ -95,6 +95,13 @@ def test_rows_by_class_repeat_what_is_too_few():
     assert chosen[2].ravel().tolist() == [6, 6, 6]
 
 
+def test_a_class_without_images_has_no_row():
+    labels = np.where(EIGHT.labels == 1, 0, EIGHT.labels)
+    chosen, names = rows_by_class(
+        SimpleNamespace(**{**vars(EIGHT), "labels": labels}), columns=2, rows=2)
+    assert names == ["a", "c"] and len(chosen) == 2
+
+
 def test_rows_by_caption():
     chosen, names = rows_by_caption(EIGHT, ["two", "one"], columns=3)
     assert names == ["two", "one"] and chosen.reshape(2, 3).tolist() == [[1, 3, 5], [0, 2, 4]]

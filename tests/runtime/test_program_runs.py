@@ -13,7 +13,7 @@ import sample
 import train
 from datasets import rendered
 from ldm import LatentDiffusion
-from runtime import samples
+from runtime import runs, samples
 from runtime.checkpoints import build_model, load_checkpoint
 from tiny import FLAGS, arguments, configure, refuse, write_images
 
@@ -63,6 +63,14 @@ def test_a_model_of_captions_from_start_to_samples(tmp_path, monkeypatch, capsys
     capsys.readouterr()
     other = [*command, "--set", "text.length=0", "--eps", "4"]
     assert "another architecture" in refuse(capsys, train.main, other)
+
+
+def test_captions_that_are_cut_are_said(capsys):
+    captions = ["é" * 6, "short"]   # 12 bytes
+    runs.check_captions(captions, "mine", configure("text.length=12"))
+    assert capsys.readouterr().out == ""
+    runs.check_captions(captions, "mine", configure("text.length=11"))
+    assert capsys.readouterr().out == "mine: captions are cut to 11 bytes (text.length)\n"
 
 
 # ---- official weights --------------------------------------------------------------------------

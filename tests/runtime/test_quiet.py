@@ -1,4 +1,4 @@
-"""Ctrl-C while the packages load, and a closed pipe: no program answers with a traceback."""
+"""Ctrl-C while the packages load, a closed pipe, a full disk: no program shows a traceback."""
 
 import os
 import signal
@@ -44,3 +44,14 @@ def test_the_accountants_leave_a_closed_pipe_quietly(program):
     process = start(program, "--help", stdout=writer)
     os.close(writer)
     assert process.communicate()[1] == b"" and process.returncode == -signal.SIGPIPE
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("program", ALONE)
+def test_the_accountants_tell_of_a_full_disk(program):
+    flags = "--sample-rate 0.1 --steps 1 --delta 1e-5 --noise-multiplier 1".split()
+    with open("/dev/full", "w") as full:
+        process = start(program, *flags, stdout=full, env={"PYTHONUNBUFFERED": ""})
+    err = process.communicate()[1]
+    assert err.startswith(b"error: [Errno 28]") and err.count(b"\n") == 1
+    assert process.returncode == 2

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +183,42 @@ def test_an_unfinished_run_is_neither_forgotten_nor_overwritten(public, broken_o
     assert "complete" in capsys.readouterr().out
 
 
-def test_resume_begins_where_nothing_was_begun(public, tmp_path):
+@pytest.mark.parametrize("lies_there, more, told", [
+    ("nothing", [], "damaged or of another program"),
+    ("public.pt", [], "no finished private run"),
+    ("private-eps3.unfinished.pt", [], "no finished private run"),
+    ("private-eps3.pt", ["--private-data", "digits"], "private-images, not digits"),
+    ("private-eps3.pt", ["--epochs", 5], "was made with --epochs 4.0, not 5.0")])
+def test_what_is_called_complete_was_looked_at(public, private, broken_off, tmp_path, capsys,
+                                               lies_there, more, told):
+    out = tmp_path / "another"
+    out.mkdir()
+    kept = {path.name: path.read_bytes() for folder in (public, private.parent, broken_off[0])
+            for path in folder.glob("*.pt")}
+    (out / "private-eps3.pt").write_bytes(kept.get(lies_there, b""))
+    capsys.readouterr()
+    assert told in refuse(capsys, train.main, arguments(public, out, "--resume", *more))
+    assert contents(out) == {"private-eps3.pt": kept.get(lies_there, b"")}
+
+
+def test_overwriting_is_more_than_resuming(public, private, tmp_path, monkeypatch, capsys):
+    command = arguments(public, tmp_path, "--resume")
+    (tmp_path / "private-eps3.pt").write_bytes(private.read_bytes())
+    train.main(command)
+    assert "private-eps3.pt is complete" in capsys.readouterr().out
+    with open(os.devnull, "w") as silence:   # as torchrun's other processes speak
+        monkeypatch.setattr(train.distributed, "process_group", lambda: redirect_stdout(silence))
+        train.main(command)
+    assert not capsys.readouterr().out
+    monkeypatch.undo()
+    train.main([*command, "--overwrite", "--epochs", "1"])
+    assert "nothing to resume in" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "private-eps3.pt")[1]["ledger"][0]["steps"] == 3
+
+
+def test_resume_begins_where_nothing_was_begun(public, tmp_path, capsys):
     train.main(arguments(public, tmp_path, "--resume", "--epochs", 1))
+    assert f"nothing to resume in {tmp_path}: a new run" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "private-eps3.pt")[1]["ledger"][0]["steps"] == 3
 
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from runtime.cli import one_line_errors
+from runtime.terminal import on_one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +81,15 @@ def test_a_program_without_output_works(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     with pytest.raises(SystemExit) as stop, one_line_errors():
-        print("a line")
+        for _ in tqdm(range(2)):   # it asks for stderr itself
+            sys.stdout.write("a line")
         raise ValueError
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("two words: é 猫 'a'", "two words: é 猫 'a'"), ("a\nb\r\n\tc", "a\\nb\\r\\n\\tc"),
+    ("\x1b[2J\x07\0\x7f", "\\x1b[2J\\x07\\x00\\x7f"), ("\x85\u2028\u2029", "\\x85\\u2028\\u2029"),
+    ("\u202egnp.exe", "\\u202egnp.exe"), ("\udce9", "\\udce9")])   # read backwards; half a letter
+def test_control_characters_are_spelled_out(text, shown):
+    assert on_one_line(text) == shown

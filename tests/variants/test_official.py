@@ -258,6 +258,12 @@ def test_numbers_that_are_not_finite_are_refused(model, tmp_path, key, value):
     assert "numbers that are not finite" in refusal(write(tmp_path / "a.ckpt", state))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_an_official_latent_scale_must_be_positive(model, tmp_path, scale):
+    path = write(tmp_path / "a.ckpt", official_state(model, scale=scale))
+    assert "a.ckpt is refused: its latent scale is" in refusal(path)
+
+
 def test_a_refused_file_leaves_the_model_as_it_was(model, tmp_path):
     own = copy.deepcopy(model)
     state = official_state(model) | {"model.diffusion_model.stranger": torch.zeros(2)}
@@ -321,6 +327,16 @@ def test_files_of_another_kind_are_refused(tmp_path, content):
 def test_files_without_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.ckpt")
     assert "no state_dict" in refusal(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.ones(4).to_sparse(), torch.ones(4, dtype=torch.complex64), torch.ones(4, device="meta")],
+    ids=["sparse", "complex", "meta"])
+@pytest.mark.parametrize("key", ["first_stage_model.decoder.conv_in.bias", "alphas_cumprod",
+                                 "cond_stage_model.embedding.weight"])
+def test_tensors_of_another_kind_are_refused(model, tmp_path, key, tensor):
+    path = write(tmp_path / "a.ckpt", official_state(model) | {key: tensor})
+    assert "no state_dict of tensors of real numbers" in refusal(path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
