@@ -1,6 +1,7 @@
 """Fixtures that tests of all floors share. Plain helpers stand in tiny.py."""
 
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                      help="put a broken copy of the private step (audit.py) under the tests")
     parser.addoption("--trees", type=int, default=200,
                      help="random trees of files to load (tests/datasets/test_random_trees.py)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_foreground() -> Iterator[None]:
+    """Ctrl-C works as in a terminal: jobs in the background are told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -92,15 +92,7 @@ def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.fixture
-def in_foreground():
-    """Ctrl-C works as in a terminal: jobs in the background may have been told to ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_asks_to_stop_and_a_second_one_stops(capsys, in_foreground):
+def test_ctrl_c_asks_to_stop_and_a_second_one_stops(capsys):
     with stop_after_step() as asked:
         assert not asked
         press_ctrl_c()
@@ -109,7 +101,7 @@ def test_ctrl_c_asks_to_stop_and_a_second_one_stops(capsys, in_foreground):
             press_ctrl_c()
 
 
-def test_ctrl_c_afterwards_stops_at_once(in_foreground):
+def test_ctrl_c_afterwards_stops_at_once():
     with pytest.raises(RuntimeError), stop_after_step():
         raise RuntimeError
     with pytest.raises(KeyboardInterrupt):
