@@ -30,7 +30,6 @@ import platform
 import shlex
 import sys
 import time
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +48,7 @@ from tqdm import tqdm
 
 import datasets
 from accountant import in_words
-from datasets import Dataset, download, rendered
+from datasets import Dataset, download, listing, rendered
 from ldm import lr_factor, normalize_images
 from runtime.checkpoints import is_plain
 from runtime.cli import Parser, find_device, one_line_errors
@@ -439,9 +438,7 @@ def with_classes_of(test: Dataset, source: Source, args: argparse.Namespace) -> 
             raise ValueError(f"{source.name} has more classes than the {len(test.classes)} of "
                              f"{args.real}")
         return source._replace(train=replace(source.train, classes=test.classes))
-    # One letter may be spelled in two ways, and systems differ in which one files have.
-    own, wanted = ([unicodedata.normalize("NFC", name) for name in names]
-                   for names in (classes, test.classes))
+    own, wanted = ([listing.normal(name) for name in names] for names in (classes, test.classes))
     for whose, names in ((source.name, own), (args.real, wanted)):
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{whose} has two classes called {some_of(twice)}")

@@ -101,8 +101,8 @@ def describe(source: str, split: str, dataset: Dataset, is_public: bool) -> Iter
     name = (Path(source).name or source) + (" (test)" if split == "test" else "")
     counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
     left_out = listing.in_words(dataset.left_out)
-    yield (f"{name}: {plural(len(dataset.images), 'image')}, "
-           f"{plural(len(dataset.classes), 'class', 'es')}"
+    yield (f"{name}: {listing.words(len(dataset.images), 'image{s}')}, "
+           f"{listing.words(len(dataset.classes), 'class{es}')}"
            + (f"; left out: {left_out}" if left_out else ""))
     if missing := [dataset.classes[k] for k in np.flatnonzero(counts == 0)]:
         rest = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
@@ -114,10 +114,6 @@ def describe(source: str, split: str, dataset: Dataset, is_public: bool) -> Iter
                             dict.fromkeys((smallest, largest)))
         numbers = " to ".join(f"{count:,}" for count in dict.fromkeys((counts.min(), counts.max())))
         yield f"{name}: {numbers} of each class; {sizes} pixels"
-
-
-def plural(count: int, word: str, ending: str = "s") -> str:
-    return f"{count:,} {word}{'' if count == 1 else ending}"
 
 
 def load_published(source: str, split: str, data_dir: str, image_size: int,

@@ -97,7 +97,8 @@ def list_classes(paths: Iterable[str], name: str) -> Listing:
     depth = folders_around(pictures)
     if depth:
         name = pictures[0].split("/")[depth - 1]
-    splits = split_folders({tuple(path.split("/")[depth:-1][:1]) for path in pictures})
+    splits = split_folders({path.split("/")[depth] for path in pictures
+                            if path.count("/") > depth})
     below = depth + bool(splits)
     candidates = []
     for path in pictures:
@@ -132,12 +133,12 @@ def folders_around(pictures: list[str]) -> int:
         depth += 1
 
 
-def split_folders(tops: set[tuple[str, ...]]) -> dict[str, str]:
+def split_folders(tops: set[str]) -> dict[str, str]:
     """{folder: train, test or "of FOLDER"} if there is a train/ or test/; empty if there is none.
 
-    tops: the outermost folder of each picture, or () if it lies in none.
+    tops: the outermost folders that pictures lie in.
     """
-    folders = sorted(top[0] for top in tops if top)
+    folders = sorted(tops)
     found = {folder: SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS}
     if not found:
         check_lookalikes(folders)
@@ -230,13 +231,17 @@ def split_of(file: str) -> str:
 
 # ---- words -------------------------------------------------------------------------------------
 
+def words(count: int, reason: str) -> str:
+    """"3 hidden files": {s} and {es} in the reason are endings of the plural."""
+    for ending in ("s", "es"):
+        reason = reason.replace(f"{{{ending}}}", "" if count == 1 else ending)
+    return f"{count:,} {reason}"
+
+
 def in_words(left_out: Counter[str], most: int = 12) -> str:
     """"3 .txt, 1 hidden folder": numbers and reasons, the largest first."""
-    def words(reason: str, count: int) -> str:
-        return f"{count:,} {reason.replace('{s}', '' if count == 1 else 's')}"
-
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    parts = [words(*item) for item in ordered[:most]]
+    parts = [words(count, reason) for reason, count in ordered[:most]]
     if rest := sum(count for _, count in ordered[most:]):
-        parts.append(words("other{s}", rest))
+        parts.append(words(rest, "other{s}"))
     return ", ".join(parts)
