@@ -45,6 +45,7 @@ from runtime import bounds
 from runtime.checkpoints import build_model
 from runtime.cli import Parser, one_line_errors
 from runtime.config import Config
+from runtime.latents import encode_dataset
 from variants import ghost, pld
 
 ERROR, END_TO_END_ERROR, ONE_RUN_ERROR = 1e-6, 0.005, 0.05
@@ -372,7 +373,7 @@ def tiny_world(rng: np.random.Generator) -> World:
         nn.init.normal_(p, std=0.3)
     N = END_TO_END_PLAN.num_examples
     images = (256 * rng.random((N, 8, 8, 1))).astype(np.uint8)
-    z_0 = train.encode_dataset(model, images, torch.device("cpu"))
+    z_0 = encode_dataset(model, images, torch.device("cpu"))
     labels = (torch.arange(N) == N - 1).long()
     draws = sample_t_and_noise(model, z_0[-1:], labels[-1:], 256, 0.0, rng)
     model(*(x[0] for x in draws)).mean().backward()
@@ -474,7 +475,7 @@ def one_run_world(canaries: int) -> World:
     with torch.no_grad():
         model.embedder.embedding.weight[:] = torch.randn(ONE_RUN.unet.context_dim)
     image = np.random.default_rng().integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
-    z_0, label = train.encode_dataset(model, image, torch.device("cpu")), torch.tensor([0])
+    z_0, label = encode_dataset(model, image, torch.device("cpu")), torch.tensor([0])
     draws = sample_t_and_noise(model, z_0, label, 256, 0.0, np.random.default_rng())
     model(*(x[0] for x in draws)).mean().backward()
     gradient = model.embedder.embedding.weight.grad[0]

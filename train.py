@@ -30,7 +30,6 @@ from ldm import (
     EMA,
     LatentDiffusion,
     drop_labels,
-    images_at_once,
     lr_factor,
     normalize_images,
     sample_t_and_noise,
@@ -41,13 +40,12 @@ from runtime.classes import LOOKALIKES, new_class_embedder
 from runtime.cli import one_line_errors, stop_after_step
 from runtime.config import Config, parse_args
 from runtime.describe import num_parameters, summary
-from runtime.memory import largest_physical_batch
+from runtime.engines import clipping_engine
+from runtime.latents import encode_dataset
 from runtime.noise import private_generator
 from runtime.precision import bfloat16
 from runtime.samples import save_samples
-from variants import ghost
 
-ENGINES = {"vmap": dp_sgd.clipped_gradient_sum, "ghost": ghost.clipped_gradient_sum}
 textbook_sum = dp_sgd.in_chunks(dp_sgd.clipped_gradient_sum, 256)
 
 
@@ -143,16 +141,6 @@ def random_squares(images: np.ndarray, chosen: np.ndarray, crop: int) -> np.ndar
     corners = torch.randint(images.shape[1] - crop + 1, (2, len(chosen))).tolist()
     return np.stack([images[k, y:y + crop, x:x + crop]
                      for k, y, x in zip(chosen, *corners, strict=True)])
-
-
-@torch.no_grad()
-def encode_dataset(model: LatentDiffusion, images: np.ndarray,
-                   device: torch.device) -> torch.Tensor:
-    """Scaled latents z_0 [N, C, h, w] of all images, kept in memory for the whole training."""
-    batch = images_at_once(images.shape[1])
-    starts = trange(0, len(images), batch, desc="encoding images", disable=len(images) < 8 * batch)
-    return torch.cat([model.encode(normalize_images(images[i:i + batch], device))
-                      for i in starts])
 
 
 # ---- the two stages ----------------------------------------------------------------------------
@@ -281,24 +269,6 @@ def run_private(config: Config, files: runs.Files) -> None:
     # The private captions are as private as the images: no grid shows them.
     names = list(config.samples.prompts) if config.has_captions else classes
     save_samples(model, names, config, files.target, f"eps = {config.private.epsilon:g}")
-
-
-def clipping_engine(model: LatentDiffusion, z_0: torch.Tensor, labels: torch.Tensor,
-                    names: list[str], config: Config) -> Callable:
-    """The function that clips and sums, in chunks of --physical-batch, shared by all processes."""
-    clipped_sum = ENGINES[config.run.clipping]
-    if config.run.physical_batch == "auto":
-        model.requires_grad_(False)   # as in the loop: other gradients would take memory
-        parameters = {name: model.get_parameter(name) for name in names}
-        dummy = torch.zeros_like(z_0[:1]), torch.zeros_like(labels[:1])   # only shapes matter
-        example = sample_t_and_noise(model, *dummy, config.private.noise_multiplicity, 0.0,
-                                     np.random.default_rng())
-        size = largest_physical_batch(clipped_sum, model, parameters, example,
-                                      config.private.expected_batch)
-    else:
-        size = int(config.run.physical_batch)
-    clipped_sum = distributed.summed(dp_sgd.in_chunks(clipped_sum, size))
-    return runs.showing_loss(clipped_sum, size) if config.run.show_private_loss else clipped_sum
 
 
 # ---- command line ------------------------------------------------------------------------------

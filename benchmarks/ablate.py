@@ -38,6 +38,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from ldm import sample_t_and_noise  # noqa: E402
 from runtime.checkpoints import load_checkpoint  # noqa: E402
+from runtime.latents import encode_dataset  # noqa: E402
 
 
 def vary(name: str, flag: str, *values: str) -> dict[str, list[str]]:
@@ -105,7 +106,7 @@ def add_loss(arguments: list[str]) -> None:
     model, _ = load_checkpoint(Path(checkpoint))
     vae = model.architecture["vae"]
     test = datasets.load(real, "test", data_dir, vae["resolution"], vae["in_channels"])
-    z_0 = train.encode_dataset(model, test.images[:2_000], torch.device("cpu"))
+    z_0 = encode_dataset(model, test.images[:2_000], torch.device("cpu"))
     labels = torch.from_numpy(test.labels[:2_000])
     draws = sample_t_and_noise(model, z_0, labels, 1, 0.0, np.random.default_rng(0), (200, 800))
     found = json.loads(Path(report).read_text())

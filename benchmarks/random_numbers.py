@@ -21,6 +21,7 @@ import train
 from dp_sgd import PrivacyPlan, private_parameter_names, secure_generator
 from runtime.checkpoints import build_model
 from runtime.config import Config
+from runtime.engines import clipping_engine
 from runtime.noise import Ahead
 
 EXAMPLES, STEPS = 20_000, 10
@@ -60,7 +61,7 @@ def waiting(new_generator: Callable) -> tuple[float, float]:
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         train.train_private(model, z_0, labels, names, plan, config, rng, on_step=clock,
-                            clipped_sum=train.clipping_engine(model, z_0, labels, names, config))
+                            clipped_sum=clipping_engine(model, z_0, labels, names, config))
     return tuple(np.median(np.diff(times, axis=0), axis=0))
 
 

@@ -21,7 +21,7 @@ import datasets
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import find_device
 from runtime.files import save_arrays
-from train import encode_dataset
+from runtime.latents import encode_dataset
 
 
 @torch.no_grad()

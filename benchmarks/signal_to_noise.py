@@ -30,7 +30,7 @@ from ldm import LatentDiffusion, sample_t_and_noise
 from runtime.checkpoints import load_checkpoint
 from runtime.classes import match_classes, new_class_embedder
 from runtime.config import Config
-from train import encode_dataset
+from runtime.latents import encode_dataset
 from variants import ghost
 
 RANGES = [(0, 1000), (200, 800), (200, 600)]   # time steps that nine of ten draws are from

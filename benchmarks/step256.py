@@ -25,6 +25,7 @@ from torch import nn
 import dp_sgd
 import train
 from ldm import LatentDiffusion
+from runtime import engines
 from runtime.checkpoints import build_model
 from runtime.config import Config
 from runtime.describe import TEXT_ENCODER_PARAMETERS, summary
@@ -69,7 +70,7 @@ def measure(preset: str, physical_batch: int, examples: int) -> dict:
     # It takes every example.
     plan = dp_sgd.PrivacyPlan(examples, examples, 2, 1.0, config.private.max_grad_norm,
                               config.private.delta)
-    clipped_sum = dp_sgd.in_chunks(train.ENGINES[config.run.clipping], physical_batch)
+    clipped_sum = dp_sgd.in_chunks(engines.ENGINES[config.run.clipping], physical_batch)
     sums, starts = [], []
 
     def timed(*arguments: object) -> dp_sgd.Tensors:

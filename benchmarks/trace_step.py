@@ -29,6 +29,7 @@ from dp_sgd import PrivacyPlan, private_parameter_names  # noqa: E402
 from ldm import EMA  # noqa: E402
 from runtime.checkpoints import build_model  # noqa: E402
 from runtime.config import Config  # noqa: E402
+from runtime.engines import clipping_engine  # noqa: E402
 from runtime.runs import Saver  # noqa: E402
 
 NETWORKS = {"vae.py", "unet.py"}
@@ -135,7 +136,7 @@ def trace(stage: str, clipping: str = "vmap", steps: int = 3) -> Footprint:
         saver = Saver(model, steps, steps, [], lambda training: None)
         run = functools.partial(
             train.train_private, model, z_0, labels, names, plan, config, rng, on_step=saver,
-            clipped_sum=train.clipping_engine(model, z_0, labels, names, config))
+            clipped_sum=clipping_engine(model, z_0, labels, names, config))
     before = sys.getprofile()
     sys.setprofile(tracer)
     try:

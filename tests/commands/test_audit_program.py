@@ -20,6 +20,7 @@ from scipy import stats
 
 import audit
 import train
+from runtime import engines
 from tiny import refuse
 from variants import pld
 
@@ -68,7 +69,7 @@ def test_the_audit_calls_the_functions_that_training_calls():
         assert step.sample is defaults["sample"].default
         assert step.add_noise is defaults["add_noise"].default
         inside = inspect.getclosurevars(step.clipped_sum).nonlocals
-        assert inside == {"clipped_sum": train.ENGINES[engine], "physical_batch": 3}
+        assert inside == {"clipped_sum": engines.ENGINES[engine], "physical_batch": 3}
 
 
 @pytest.mark.parametrize("name, audits", [

@@ -17,6 +17,7 @@ from dp_sgd import PrivacyPlan, private_parameter_names
 from ldm import lr_factor
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import one_line_errors
+from runtime.latents import encode_dataset
 from tiny import (
     FLAGS,
     STAGES,
@@ -162,7 +163,7 @@ def test_the_autoencoder_learns_its_images():
 def test_latents_have_unit_variance(public):
     model, _ = load_checkpoint(public / "public.pt")
     images = train.load_images(str(public / "public-images"), configure()).images
-    z_0 = train.encode_dataset(model, images, torch.device("cpu"))
+    z_0 = encode_dataset(model, images, torch.device("cpu"))
     assert z_0.shape == (12, 4, 4, 4) and z_0.std().item() == pytest.approx(1.0, rel=1e-4)
 
 

@@ -23,7 +23,7 @@ import sample
 import train
 from accountant import in_words
 from ldm import EMA
-from runtime import fingerprint, runs
+from runtime import engines, fingerprint, runs
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import one_line_errors
 from runtime.ledger import all_epsilons, spent_epsilon
@@ -248,7 +248,7 @@ def test_a_diverged_run_keeps_its_last_checkpoint(public, tmp_path, monkeypatch)
         value = float("nan") if len(calls) == 4 else 0.0
         return {name: torch.full_like(p, value) for name, p in parameters.items()}
 
-    monkeypatch.setitem(train.ENGINES, "ghost", poisoned)
+    monkeypatch.setitem(engines.ENGINES, "ghost", poisoned)
     more = ("--physical-batch", 64, "--expected-batch", 24, "--epochs", 12)   # no batch is empty
     with pytest.raises(ValueError, match="not finite"):
         train.main(arguments(public, tmp_path, *more))
@@ -310,7 +310,7 @@ def test_every_step_s_noise_is_full_and_fresh(public, tmp_path, monkeypatch, in_
                                               optimizer_steps):
     """In 24 steps, and in the 5 that a crash made be repeated."""
     norms = []
-    monkeypatch.setitem(train.ENGINES, "ghost", lambda *a: norms.append(a[3]) or no_gradients(*a))
+    monkeypatch.setitem(engines.ENGINES, "ghost", lambda *a: norms.append(a[3]) or no_gradients(*a))
     command = arguments(public, tmp_path, "--epochs", 8, "--save-every", 10)
     in_step(16, crash)
     with pytest.raises(RuntimeError):
@@ -425,7 +425,7 @@ def test_an_example_changes_its_own_gradients_only(course, monkeypatch):
         states.append(dict(leaves(state)))
         return no_gradients(model, parameters, batch, C)
 
-    monkeypatch.setitem(train.ENGINES, "ghost", watch)
+    monkeypatch.setitem(engines.ENGINES, "ghost", watch)
     for pixels, label in ((255, 2), (0, 0)):   # the only one of its class, or one of many
         rows.append(([], []))
         found.append(course(pixels, label, "--insecure-noise-seed", 7))
@@ -439,7 +439,7 @@ def test_an_example_changes_its_own_gradients_only(course, monkeypatch):
 
 def test_the_size_of_a_batch_changes_nothing(course, monkeypatch):
     """Every gradient is zero, and the noise is the same whatever was drawn before it."""
-    monkeypatch.setitem(train.ENGINES, "ghost", no_gradients)
+    monkeypatch.setitem(engines.ENGINES, "ghost", no_gradients)
 
     def of_sizes(seed: int) -> dict:
         sizes, noise = np.random.default_rng(seed), np.random.default_rng(0)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import dp_sgd
-import train
 from ldm import sample_t_and_noise
+from runtime import engines
 from runtime.config import Config
 from tiny import ATTENTION, flat, tiny_data, tiny_model
 from variants import ghost
@@ -276,4 +276,4 @@ def test_a_layer_that_gets_tokens_first_is_refused(B, T):
 
 
 def test_the_default_engine_is_the_one_tested_here():
-    assert train.ENGINES[Config().run.clipping] is ghost.clipped_gradient_sum
+    assert engines.ENGINES[Config().run.clipping] is ghost.clipped_gradient_sum
