@@ -216,8 +216,8 @@ def run_public(config: Config, target: Path, private: np.ndarray | tuple = ()) -
     runs.check_finite(model, "public.lr")
     if config.has_captions:
         model.embedder.init_unseen_bytes(dataset.captions, LOOKALIKES)
-    save_checkpoint(target, model, classes=dataset.classes, config=dataclasses.asdict(config),
-                    public_digest=digest)
+    save_checkpoint(target, model, half=config.run.half, classes=dataset.classes,
+                    config=dataclasses.asdict(config), public_digest=digest)
     names = list(dict.fromkeys(dataset.captions))[:10] if config.has_captions else dataset.classes
     save_samples(model, names, config, target, "public only")
     distributed.wait_for_all()   # a private stage may read what the first process has just written
@@ -263,9 +263,7 @@ def run_private(config: Config, files: runs.Files) -> None:
                       add_noise=distributed.by_first_process(dp_sgd.add_noise),
                       clipped_sum=clipping_engine(model, z_0, labels, names, config))
     runs.check_finite(model, "--private-lr")   # of weights that are private already
-    run.save(files.target, config, classes, plan.steps)
-    runs.remove_unfinished(files.unfinished)
-    runs.report(run, config, files.target)
+    run.finish(config, files, classes)
     # The private captions are as private as the images: no grid shows them.
     names = list(config.samples.prompts) if config.has_captions else classes
     save_samples(model, names, config, files.target, f"eps = {config.private.epsilon:g}")

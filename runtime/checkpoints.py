@@ -4,7 +4,6 @@ A file from elsewhere may hold anything. It is checked before anything is built 
 """
 
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dp_sgd import PrivacyPlan, Tensors
-from ldm import ClassEmbedder, LatentDiffusion
+from ldm import ClassEmbedder, LatentDiffusion, make_alphas_cumprod
 from runtime import ledger
 from runtime.config import MODEL_TABLES
 from runtime.files import atomic_write
+from runtime.weights import changed, check_tensors, digest, in_half, lacking, read_content
 from unet import UNet
 from vae import AutoencoderKL
 from variants import official
@@ -60,9 +60,17 @@ def build_model(architecture: dict) -> LatentDiffusion:
 
 
 def save_checkpoint(path: Path, model: LatentDiffusion,
-                    on_commit: Callable[[], None] = lambda: None, **metadata: object) -> None:
-    """Write model and metadata (plain values) atomically. on_commit: see files.atomic_write."""
-    content = {"architecture": model.architecture, "model": model.state_dict(), **metadata}
+                    on_commit: Callable[[], None] = lambda: None, half: bool = False,
+                    base: dict[str, str] | None = None, **metadata: object) -> None:
+    """Write model and metadata (plain values) atomically. on_commit: see files.atomic_write.
+
+    half: in 16 bits. base: weights.digests of another model, whose weights are left out.
+    """
+    weights = model.state_dict()
+    if base:
+        weights, metadata = changed(weights, base), {**metadata, "base": digest(base)}
+    weights = in_half(model, weights) if half else weights
+    content = {"architecture": model.architecture, "model": weights, **metadata}
     with atomic_write(path, on_commit) as file:
         torch.save(content, file)
 
@@ -74,14 +82,13 @@ def load_checkpoint(path: Path, part: str = "") -> tuple[LatentDiffusion, dict]:
     """
     if not Path(path).is_file():
         raise ValueError(f"checkpoint {path} does not exist; train it first with train.py")
-    try:
+    with one_reason(path):
         metadata = read_content(Path(path))
         check_metadata(metadata)
-        model = rebuilt(metadata["architecture"], metadata["model"], metadata["classes"])
-    except Exception as error:   # damaged bytes can fail anywhere in torch's reader
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        raise ValueError(
-            f"checkpoint {path} is damaged or of another program ({reason})") from error
+    public = lacking(Path(path), str(metadata["base"])) if "base" in metadata else {}
+    with one_reason(path):
+        weights = {**public, **metadata.pop("model")}
+        model = rebuilt(metadata["architecture"], weights, metadata["classes"])
     if metadata.get("part", part) != part:
         raise ValueError(f"{path} holds a trained autoencoder only: "
                          "give the public.pt beside it")
@@ -92,33 +99,22 @@ def load_checkpoint(path: Path, part: str = "") -> tuple[LatentDiffusion, dict]:
     return model.eval(), metadata
 
 
+@contextmanager
+def one_reason(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is one line: ValueError."""
+    try:
+        yield
+    except Exception as error:   # damaged bytes can fail anywhere in torch's reader
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise ValueError(
+            f"checkpoint {path} is damaged or of another program ({reason})") from error
+
+
 def check_scale(model: LatentDiffusion, path: Path) -> None:
     """ValueError if all latents of a model that was read from `path` would be 0, or not finite."""
     if not 0 < model.latent_scale < math.inf:
         raise ValueError(f"{path} is refused: its latent scale is {model.latent_scale:g}, which is "
                          "not positive and finite")
-
-
-def read_content(path: Path) -> dict:
-    """What save_checkpoint wrote into `path`. ValueError if that is larger than the file."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as members:   # torch.save compresses nothing
-        if sum(member.file_size for member in members.infolist()) > size:
-            raise ValueError("it is compressed")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError("it has no table of weights")
-    check_tensors(content["model"])
-    if sum(tensor.nbytes for tensor in content["model"].values()) > size:
-        raise ValueError("its weights overlap")
-    return content
-
-
-def check_tensors(values: dict) -> None:
-    """ValueError unless all values are tensors of real floating-point numbers in memory."""
-    for name, value in values.items():
-        if not (official.is_table(value) and value.is_floating_point()):
-            raise ValueError(f"{name} is no tensor of floating-point numbers")
 
 
 def rebuilt(architecture: dict, weights: Tensors, classes: list[str]) -> LatentDiffusion:
@@ -129,15 +125,17 @@ def rebuilt(architecture: dict, weights: Tensors, classes: list[str]) -> LatentD
     check_layers(architecture, len(weights))
     check_sizes(architecture)
     with shapes_only():
-        expected = build_model(architecture).state_dict()
-    if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in weights.items()}:
+        model = build_model(architecture)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
         raise ValueError("its weights are not those of its architecture")
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise ValueError("a weight is not finite")
-    model = build_model(architecture)
-    if not torch.allclose(weights["alphas_cumprod"].float(), model.alphas_cumprod, rtol=1e-3):
+    schedule = make_alphas_cumprod(architecture["linear_start"], architecture["linear_end"])
+    if not torch.allclose(weights["alphas_cumprod"].double(), schedule, rtol=1e-3):
         raise ValueError("its noise schedule is not that of its architecture")
-    model.load_state_dict(weights)
+    copies = {name: torch.empty(w.shape).copy_(w) for name, w in weights.items()}
+    model.load_state_dict(copies, assign=True)
     if isinstance(model.embedder, ClassEmbedder) and len(classes) != model.embedder.null_class:
         raise ValueError(f"it names {len(classes)} of {model.embedder.null_class} classes")
     return model

@@ -119,6 +119,8 @@ class Run:
     out: str = ""                    # folder of checkpoints and pictures; "": runs/PRESET
     public_checkpoint: str = ""      # public model to start from; "": OUT/public.pt
     pretrained: str = ""             # official CompVis checkpoint, which is the public model then
+    whole: bool = False              # private checkpoints hold the public weights too
+    half: bool = False               # finished checkpoints hold numbers of 16 bits
     overwrite: bool = False
     resume: bool = False
     device: str = "auto"             # cpu, cuda, ..., or auto
@@ -230,6 +232,8 @@ FLAGS = {
         "out": ("run.out", "folder of checkpoints and pictures (default runs/PRESET)"),
         "public-checkpoint": ("run.public_checkpoint", "public model (default OUT/public.pt)"),
         "pretrained": ("run.pretrained", "official CompVis checkpoint, as the public model"),
+        "whole": ("run.whole", "the private checkpoint holds the public weights too"),
+        "half": ("run.half", "finished checkpoints hold numbers of 16 bits"),
         "overwrite": ("run.overwrite", "replace checkpoints of an earlier run"),
         "resume": ("run.resume", "go on with an interrupted private run, if there is one"),
     },

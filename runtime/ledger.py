@@ -111,7 +111,7 @@ def write_privacy_json(checkpoint: Path, ledger: Sequence[dict], delta: float) -
     guarantee = f"(epsilon, delta)-differential privacy; neighbours: {NEIGHBOURS}"
     if is_seeded(ledger):
         guarantee = "NONE: the noise follows from a seed that is written below"
-    report = {"checkpoint": checkpoint.name, "guarantee": guarantee,
-              "epsilon": all_epsilons(ledger, delta), "delta": delta, "ledger": list(ledger)}
+    report = {"guarantee": guarantee, "epsilon": all_epsilons(ledger, delta), "delta": delta,
+              "ledger": list(ledger)}
     with atomic_write(privacy_json(checkpoint)) as file:
         file.write(as_json(report))

@@ -25,6 +25,7 @@ from runtime.distributed import is_first_process
 from runtime.files import locked
 from runtime.fingerprint import can_check, forget, image_digest, new_handle
 from runtime.outputs import check_outputs, check_suffix
+from runtime.weights import base_digests, check_not_needed
 from variants.lora import add_lora
 from variants.trainable import private_parameter_names
 
@@ -97,6 +98,8 @@ class Files:
         if self.target.exists() and not overwrite:
             raise ValueError(f"{self.target} exists: give --overwrite to replace it, or another "
                              "--out")
+        if self.target.exists():
+            check_not_needed(self.target)
         record = ledger.privacy_json(self.target)
         goes_on = resume and self.unfinished.exists()   # after a crash between record and target
         if record.exists() and not (self.target.exists() or goes_on or overwrite):
@@ -227,19 +230,31 @@ class PrivateRun:
         return [*self.earlier, ledger.ledger_entry(self.plan, steps, seed)]
 
     def save(self, path: Path, config: Config, classes: list[str], steps: int,
-             **metadata: object) -> None:
+             **details: object) -> None:
         """Write a checkpoint after `steps` steps, with its privacy.json just before it.
 
-        So no checkpoint is without one, nor with another's where the disk is full.
+        So no checkpoint is without one, nor with another's where the disk is full. details: what
+        else it holds, or how save_checkpoint stores it.
         """
         whole = self.ledger_after(steps, config)
-        if "training" in metadata:   # the run can be resumed
-            metadata["training"] = {**metadata["training"], "handle": self.handle}
+        if "training" in details:   # the run can be resumed
+            details["training"] = {**details["training"], "handle": self.handle}
         save_checkpoint(
             path, self.model, lambda: ledger.write_privacy_json(path, whole, self.plan.delta),
             classes=classes, config=dataclasses.asdict(config), public_config=self.public_config,
             plan=dataclasses.asdict(self.plan), ledger=whole, public_digest=self.public_digest,
-            **metadata)
+            **details)
+
+    def finish(self, config: Config, files: Files, classes: list[str]) -> None:
+        """Write the finished checkpoint: beside a public model, what the run has changed of it.
+
+        Then say what was spent, and delete what was there to resume.
+        """
+        beside = files.public.is_file() and not config.run.whole
+        self.save(files.target, config, classes, self.plan.steps, half=config.run.half,
+                  base=base_digests(files.public) if beside else None)
+        remove_unfinished(files.unfinished)
+        report(self, config, files.target)
 
 
 def interrupted_run(config: Config, path: Path, num_examples: int,
