@@ -178,15 +178,15 @@ def clipped_gradient_sum(model: nn.Module, parameters: Tensors, batch: Batch, C:
     return {name: weighted_sum(weights, g) for name, g in grads.items()}
 
 
-def norms(g: torch.Tensor) -> torch.Tensor:
+def norms(g: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
     """||g_i|| float64 [B] of gradients [B, ...]."""
-    return torch.cat([rows.double().norm(dim=1) for rows in g.flatten(1).split(ROWS)])
+    return torch.cat([part.double().norm(dim=1) for part in g.flatten(1).split(rows)])
 
 
-def weighted_sum(weights: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def weighted_sum(weights: torch.Tensor, g: torch.Tensor, rows: int = ROWS) -> torch.Tensor:
     """sum_i weights_i g_i in float64, of gradients [B, ...]. Weight 0 silences infinity and NaN."""
-    return sum(w @ rows.double().nan_to_num(0.0, 0.0, 0.0) for w, rows in zip(
-        weights.split(ROWS), g.flatten(1).split(ROWS))).reshape(g.shape[1:])
+    return sum(w @ part.double().nan_to_num(0.0, 0.0, 0.0) for w, part in zip(
+        weights.split(rows), g.flatten(1).split(rows))).reshape(g.shape[1:])
 
 
 def in_chunks(clipped_sum: Callable, physical_batch: int) -> Callable:

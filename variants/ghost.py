@@ -29,6 +29,7 @@ from dp_sgd import Batch, Tensors, clip_weights, norms, weighted_sum
 
 # What is kept of one parameter: [x, g], or [gradient [B, size]] where that has fewer numbers.
 Factors = list[torch.Tensor]
+COPIED = 2**17   # numbers that are copied to float64 at a time: they stay in the cache
 # PrivacyPlan.clip_to relies on these two: errors stay below N 2^-28 (docs/threat-model.md).
 BLOCK = 2**9             # tokens that are summed up before they are added to the total
 LEAST_SHARE = 2.0**-12   # no gradient's norm counts as less than this share of sum_t |x_t| |g_t|
@@ -170,20 +171,18 @@ def ghost_norms(factors: Factors) -> torch.Tensor:
     sum_t |x_t| |g_t|)^2 is added, which is more than they can be. It also keeps each example's
     terms in the clipped sum below C / LEAST_SHARE, and so the rounding errors of that sum.
     """
+    rows = max(1, COPIED // max(v.shape[1:].numel() for v in factors))
     if len(factors) == 1:
-        return norms(factors[0])
-    # A few examples at a time: their copies in float64 stay in the cache.
-    parts = (v.split(64) for v in factors)
+        return norms(factors[0], rows)
+    parts = (v.split(rows) for v in factors)
     return torch.cat([norms_by_gram(x, g.double()) for x, g in zip(*parts)])
 
 
 def norms_by_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """ghost_norms [b] of x [b, T, inputs], or indices [b, T], and g float64 [b, T, outputs]."""
-    if x.dim() == 2:   # indices
-        products = (x[:, :, None] == x[:, None, :]) * (g @ g.mT)
-    else:
-        x = x.double()
-        products = (x @ x.mT) * (g @ g.mT)
+    x = x.double()
+    xx = x[:, :, None] == x[:, None, :] if x.dim() == 2 else x @ x.mT   # 2: indices
+    products = xx * (g @ g.mT)
     lengths = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)   # sum_t |x_t| |g_t|
     return (products.sum((1, 2)).clamp(min=0) + (LEAST_SHARE * lengths).square()).sqrt()
 
@@ -191,7 +190,7 @@ def norms_by_gram(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 def weighted_grad_sum(factors: Factors, weights: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """sum_i weights_i gradient_i of one parameter of this shape, in float64."""
     if len(factors) == 1:
-        return weighted_sum(weights, factors[0]).reshape(shape)
+        return weighted_sum(weights, factors[0], max(1, COPIED // shape.numel())).reshape(shape)
     weights = weights[:, None, None].expand(*factors[0].shape[:2], 1)   # [B, T, 1]
     tokens = [v.flatten(0, 1).split(BLOCK) for v in (*factors, weights)]
     if factors[0].dim() == 2:   # indices
