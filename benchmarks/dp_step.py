@@ -12,6 +12,8 @@ larger batches. Memory is the peak above the loaded model's.
 
     ordinary        a step without privacy: one backward pass to the same parameters
     vmap, ghost     dp_sgd.clipped_gradient_sum, variants.ghost.clipped_gradient_sum
+    ghost-inexact   ghost with norms and sums in float32 and in one piece, to see what exact ones
+                    cost. Never train so: one example could move the sum by more than C
     opacus-hooks, opacus-ghost    they need `pip install opacus`
     ...-bf16        the networks compute in bfloat16
     ...-tf32        matrix products in TF32; convolutions are by torch's default, on CUDA
@@ -29,14 +31,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dp_sgd import Batch, clipped_gradient_sum, in_chunks, private_parameter_names
+from dp_sgd import Batch, Tensors, clipped_gradient_sum, in_chunks, private_parameter_names
 from ldm import ClassEmbedder, LatentDiffusion
 from runtime.config import Config
 from runtime.memory import peak_memory
@@ -50,7 +54,20 @@ MODELS = {"mnist": (256, 256), "mnist-paper": (256, 256), "cifar10": (16, 16), "
           "celebahq256": (2, 1)}
 CUDA_MODELS = {"mnist": (8192, 8192), "mnist-paper": (4096, 4096), "cifar10": (128, 128),
                "celeba64": (64, 64), "celebahq256": (16, 16)}
-CLIPPING = {"vmap": clipped_gradient_sum, "ghost": ghost.clipped_gradient_sum}
+
+
+def inexact_sum(model: nn.Module, parameters: Tensors, batch: Batch, C: float) -> Tensors:
+    """ghost.clipped_gradient_sum without what its digits cost: no float64, no small blocks."""
+    float32 = [(torch.Tensor, "double", torch.Tensor.float), (torch, "float64", torch.float32),
+               (ghost, "BLOCK", 2**60), (ghost, "COPIED", 2**60)]
+    with ExitStack() as stack:
+        for owner, name, value in float32:
+            stack.enter_context(patch.object(owner, name, value))
+        return ghost.clipped_gradient_sum(model, parameters, batch, C)
+
+
+CLIPPING = {"vmap": clipped_gradient_sum, "ghost": ghost.clipped_gradient_sum,
+            "ghost-inexact": inexact_sum}
 ENGINES = ["ordinary", *CLIPPING, "opacus-hooks", "opacus-ghost", "ordinary-bf16", "ghost-bf16"]
 CUDA_ENGINES = [*ENGINES, "ordinary-tf32", "ghost-tf32"]
 OTHERS = ["ordinary-compile", "ghost-compile", "ordinary-graphs"]   # if asked for
