@@ -43,7 +43,6 @@ def assert_equal_sums(model: nn.Module, names: list[str], batch: tuple[torch.Ten
     for chunk in chunks:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ghost, "LEAST_SHARE", 0.0)
-            patch.setattr(ghost, "COPIED", 64)   # so that few small examples are split too
             total = clipped_sum(model, names, batch, C, chunk)
         assert total.keys() == textbook.keys()
         for name in total:
@@ -139,7 +138,8 @@ def all_names(model: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("T", [1, 2, 5, 40])   # explicit gradients are larger, or smaller
 @pytest.mark.parametrize("K", [1, 3])
-def test_it_equals_the_textbook_on_every_kind_of_layer(layers, T, K):
+def test_it_equals_the_textbook_on_every_kind_of_layer(layers, T, K, monkeypatch):
+    monkeypatch.setattr(ghost, "COPIED", 64)   # so that few small examples are split too
     batch = tokens(5, K, T)
     assert_equal_sums(layers, all_names(layers), batch, chunks=(2,))
     for name in ("wide.weight", "words.weight", "norm.bias"):   # some parameters of a layer only
