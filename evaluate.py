@@ -303,7 +303,8 @@ def real_statistics(source: str, images: np.ndarray,
     name has a digest of it and of the images.
     """
     content = hashlib.sha256(f"{network} {images.shape}".encode())
-    content.update(np.ascontiguousarray(images))
+    for image in images:
+        content.update(np.ascontiguousarray(image))
     digest = content.hexdigest()[:16]
     name = f"inception-{Path(source).stem}-train-{images.shape[1]}-{digest}"
     return rendered.cached(name, ("mean", "covariance"),

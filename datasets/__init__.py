@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import celeba, download, folders, formats, listing
+from datasets import celeba, download, folders, formats, lazy, listing
 from datasets.formats import Dataset
 from datasets.rendered import GLYPHS, RENDERED, load_rendered
 from runtime.terminal import on_one_line
@@ -59,9 +59,10 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32,
 
     Grey 28x28 images get a black border up to 32x32. Images of other sizes are resampled, other
     channels converted, and a line is printed about it. Another line says how many images there are
-    and what was left out; of public ones also their sizes, and how many a class has. ValueError for
-    an unknown source, for a name that is a path too, and for missing, damaged or mismatched files,
-    naming the file.
+    and what was left out; of public ones also their sizes, and how many a class has. Pictures of a
+    large set are read when they are indexed (lazy.py), and what is odd about them is said then.
+    ValueError for an unknown source, for a name that is a path too, and for missing, damaged or
+    mismatched files, naming the file.
     """
     if split not in ("train", "test") or channels not in (1, 3) or image_size < 1:
         raise ValueError(f"cannot load the split {split!r} with {channels} channels at size "
@@ -75,7 +76,8 @@ def load(source: str, split: str, data_dir: str = "data", image_size: int = 32,
         dataset = load_published(source, split, data_dir, image_size, channels)
     else:
         dataset = load_path(source, split, image_size, channels)
-    dataset.sizes = dataset.sizes or Counter({dataset.images.shape[1:3]: len(dataset.images)})
+    if dataset.sizes is None:
+        dataset.sizes = Counter({dataset.images.shape[1:3]: len(dataset.images)})
     if source in GREY_28:
         dataset.images = with_border(dataset.images, image_size)
     dataset.images = formats.convert(dataset.images, image_size, channels, source)
@@ -108,12 +110,11 @@ def describe(source: str, split: str, dataset: Dataset, is_public: bool) -> Iter
         rest = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         yield f"{name}: no image of {', '.join(missing[:5])}{rest} for {split}"
     if is_public:
-        smallest, largest = (how(dataset.sizes, key=lambda size: size[0] * size[1])
-                             for how in (min, max))
+        by_area = sorted(dataset.sizes, key=lambda size: (size[0] * size[1], size))
         sizes = " to ".join(f"{height}x{width}" for height, width in
-                            dict.fromkeys((smallest, largest)))
+                            dict.fromkeys(by_area[:1] + by_area[-1:]))
         numbers = " to ".join(f"{count:,}" for count in dict.fromkeys((counts.min(), counts.max())))
-        yield f"{name}: {numbers} of each class; {sizes} pixels"
+        yield f"{name}: {numbers} of each class" + (f"; {sizes} pixels" if sizes else "")
 
 
 def load_published(source: str, split: str, data_dir: str, image_size: int,
@@ -139,11 +140,14 @@ def load_path(source: str, split: str, image_size: int, channels: int) -> Datase
                      "exists")
 
 
-def with_border(images: np.ndarray, image_size: int) -> np.ndarray:
+def with_border(images: np.ndarray, image_size: int) -> np.ndarray | lazy.Images:
     """28x28 images with zeros around: up to image_size if it is 28 to 32, else up to 32x32."""
     border = (image_size if 28 <= image_size <= 32 else 32) - 28
-    before, after = border // 2, border - border // 2
-    return np.pad(images, ((0, 0), (before, after), (before, after), (0, 0)))
+    pads = *[(border // 2, border - border // 2)] * 2, (0, 0)
+    shape = len(images), 28 + border, 28 + border, 1
+    if lazy.fits(shape):
+        return np.pad(images, ((0, 0), *pads))
+    return lazy.Images(lambda k: np.pad(images[k], pads), shape)
 
 
 def same_source(one: str, other: str) -> bool:

@@ -1,12 +1,13 @@
 """Pictures in folders and zips, by class or with captions.
 
 listing.py decides what is an image of what. Every picture is decoded and converted on its own; only
-uint8 stays in memory. A damaged picture is refused by name.
+uint8 stays in memory, and of a large set nothing (lazy.py). A damaged picture is refused by name.
 """
 
 import io
 import json
 import posixpath
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -16,9 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-from datasets import listing
+from datasets import lazy, listing
 from datasets.formats import Dataset, convert_one, name_classes, say_conversion
 from datasets.listing import LeftOut
 from datasets.trees import Tree, open_tree
@@ -88,36 +88,54 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def read_images(tree: Tree, files: list[str], image_size: int, channels: int,
-                crop: bool = False) -> tuple[np.ndarray, Counter, Counter]:
+                crop: bool = False) -> tuple[np.ndarray | lazy.Images, Counter, Counter]:
     """The named pictures as uint8 [N, image_size, image_size, channels].
 
-    Also their sizes before that, {(height, width): number}, and what was left out of them. Of
-    several frames the first is taken. ValueError naming a picture that is damaged, or that stands
-    there twice: it would count twice, but privacy is promised for one example.
+    Also their sizes before that, {(height, width): number}, and what was left out of them: both are
+    empty for a large set, of which nothing has been read yet. Of several frames the first is taken.
+    ValueError naming a picture that is damaged, once it is read, or that stands there twice: it
+    would count twice, but privacy is promised for one example.
     """
     name, count = Counter(files).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{tree.root} names the image {name} {count} times")
-    images = np.empty((len(files), image_size, image_size, channels), np.uint8)
-    sizes, frames = Counter(), 0
-    progress = tqdm(files, desc=f"reading {tree.root.name}", disable=len(files) < 2_000)
-    for i, name in enumerate(progress):
-        content = tree.read(name)
-        try:
-            picture = decode(content)
-            images[i] = convert_one(picture.image, image_size, channels, crop)
-        except Exception as error:   # damaged bytes can fail anywhere in Pillow
-            reason = (f"Pillow {PIL.__version__} cannot tell its format"
-                      if isinstance(error, UnidentifiedImageError) else error)
-            raise ValueError(f"cannot read the image {name} of {tree.root}: {reason}") from error
-        sizes[picture.image.height, picture.image.width] += 1
-        frames += picture.frames - 1
-        if picture.image.size != (image_size, image_size) or (picture.mode == "L") != (
-                channels == 1):
-            say_conversion(tree.root.name, image_size, channels)
-        if picture.mode[0] == "I":
-            log_once(f"{tree.root.name}: grey of 16 bits, 0 to 65535, becomes 0 to 255")
-    return images, sizes, Counter({"further frame{s}": frames} if frames else {})
+    shape = len(files), image_size, image_size, channels
+    name, sizes, left_out, lock = tree.root.name, Counter(), Counter(), threading.Lock()
+
+    def make(k: int) -> np.ndarray:
+        picture, pixels = read_picture(tree, files[k], image_size, channels, crop)
+        with lock:   # threads come here
+            say_changes(picture, image_size, channels, name)
+            if lazy.fits(shape):
+                sizes[picture.image.height, picture.image.width] += 1
+                left_out["further frame{s}"] += picture.frames - 1
+            elif picture.frames > 1:   # the line that counts them was printed long ago
+                log_once(f"{name}: of several frames the first is taken; the others are left out")
+        return pixels
+
+    return lazy.in_memory_if_small(make, shape, f"reading {name}"), sizes, +left_out
+
+
+def read_picture(tree: Tree, name: str, image_size: int, channels: int,
+                 crop: bool) -> tuple[Picture, np.ndarray]:
+    """A picture, and its pixels as `convert_one` has them. ValueError naming a damaged one."""
+    content = tree.read(name)
+    try:
+        picture = decode(content)
+        return picture, convert_one(picture.image, image_size, channels, crop)
+    except Exception as error:   # damaged bytes can fail anywhere in Pillow
+        reason = (f"Pillow {PIL.__version__} cannot tell its format"
+                  if isinstance(error, UnidentifiedImageError) else error)
+        raise ValueError(f"cannot read the image {name} of {tree.root}: {reason}") from error
+
+
+def say_changes(picture: Picture, image_size: int, channels: int, name: str) -> None:
+    """Lines, once for a whole set, about what is not taken as it is stored."""
+    fitting = picture.image.size == (image_size, image_size)
+    if not fitting or (picture.mode == "L") != (channels == 1):
+        say_conversion(name, image_size, channels)
+    if picture.mode[0] == "I":
+        log_once(f"{name}: grey of 16 bits, 0 to 65535, becomes 0 to 255")
 
 
 def load_folder(root: Path, split: str, image_size: int, channels: int) -> Dataset:

@@ -1,7 +1,8 @@
 """What a Dataset is, and readers of publishers' files: IDX, .npz, .mat, binary batches.
 
-Images stay bytes: a float32 copy of a large set would not fit into memory. Images of other sizes or
-colours are converted one by one. Damaged files are refused by name.
+Images stay bytes: a float32 copy of a large set would not fit into memory. What is large itself is
+read when it is indexed (lazy.py). Images of other sizes or colours are converted one by one.
+Damaged files are refused by name.
 """
 
 import gzip
@@ -21,9 +22,9 @@ import scipy.io
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import listing
+from datasets import lazy, listing
 from runtime.distributed import log_once
-from runtime.files import UNREADABLE, array_header, array_names, read_arrays
+from runtime.files import UNREADABLE, array_header, array_names, map_array, read_arrays
 
 COLOURS = {1: "grey", 3: "colour"}
 LARGEST = 2**28   # bytes that one file of an archive or folder may have, unpacked
@@ -35,12 +36,13 @@ FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
 @dataclass
 class Dataset:
     """Images, and what they show. ValueError unless labels and captions are as many as images."""
-    images: np.ndarray                  # uint8 [N, H, W, C]
+    images: np.ndarray | lazy.Images    # uint8 [N, H, W, C]
     labels: np.ndarray                  # int64 [N]
     classes: list[str]                  # the name of each label
     captions: list[str] | None = None   # a sentence for each image
     left_out: Counter = field(default_factory=Counter)   # {reason as in listing.py: number}
-    sizes: Counter = field(default_factory=Counter)      # {(height, width), upright: number}
+    # {(height, width), upright: number}; empty: not known yet; None: all are stored as they are
+    sizes: Counter | None = None
 
     def __post_init__(self) -> None:
         for name in ("labels", "captions"):
@@ -67,21 +69,24 @@ def convert_one(image: Image.Image, image_size: int, channels: int,
     return np.asarray(resized).reshape(image_size, image_size, channels)
 
 
-def convert(images: np.ndarray, image_size: int, channels: int, name: str) -> np.ndarray:
+def convert(images: np.ndarray | lazy.Images, image_size: int, channels: int,
+            name: str) -> np.ndarray | lazy.Images:
     """uint8 [N, H, W, 1 or 3] -> [N, image_size, image_size, channels].
 
-    Returns the same array if nothing is to convert; otherwise prints so, once for each `name`.
+    Returns the same images if nothing is to convert; otherwise prints so, once for each `name`.
     """
     N, height, width, stored = images.shape
     if (height, width, stored) == (image_size, image_size, channels):
         return images
     say_conversion(name, image_size, channels)
-    converted = np.empty((N, image_size, image_size, channels), np.uint8)
-    progress = tqdm(images, desc=f"converting {name}", unit_scale=True, disable=N < 20_000)
-    for i, image in enumerate(progress):
+
+    def make(k: int) -> np.ndarray:
+        image = images[k]
         picture = Image.fromarray(image[..., 0] if stored == 1 else image)
-        converted[i] = convert_one(picture, image_size, channels)
-    return converted
+        return convert_one(picture, image_size, channels)
+
+    shape = N, image_size, image_size, channels
+    return lazy.in_memory_if_small(make, shape, f"converting {name}")
 
 
 def say_conversion(name: str, image_size: int, channels: int) -> None:
@@ -117,10 +122,18 @@ def load_npz(path: Path, split: str) -> Dataset:
     for part in {*splits} - {split, ""}:
         left_out[f"{part} image{{s}}"] = shapes[part][0]
     chosen = split if split in splits else ""
-    images, = read_arrays(path, [pairs[chosen][0]])
+    images = read_or_map(path, pairs[chosen][0])
     images = images[..., None] if images.ndim == 3 else images
     numbers = labels[chosen].reshape(-1).astype(np.int64) - first
     return Dataset(images, numbers, classes, None, +left_out)
+
+
+def read_or_map(path: Path, name: str) -> np.ndarray:
+    """An array of an .npz. A large one is mapped: it takes no memory, if it is not compressed."""
+    shape, dtype = array_header(path, name)
+    large = math.prod(shape) * dtype.itemsize > lazy.LARGE
+    mapped = map_array(path, name) if large else None
+    return read_arrays(path, [name])[0] if mapped is None else mapped
 
 
 def check_shapes(path: Path, images: str, labels: str) -> tuple[int, ...]:
@@ -168,11 +181,13 @@ def name_classes(path: Path | str, arrays: list[np.ndarray],
 def read_idx(path: Path, content: bytes | None = None) -> np.ndarray:
     """An unsigned-byte array in IDX format: 00 00 08 (rank), big-endian uint32 sizes, the bytes.
 
-    content: the bytes of the file, where they come out of an archive. ValueError naming the file if
-    it is damaged or of another type.
+    content: the bytes of the file, where they come out of an archive. A large file is mapped: it
+    takes no memory. ValueError naming the file if it is damaged or of another type.
     """
     try:
-        content = path.read_bytes() if content is None else content
+        if content is None:   # "c": who writes into the array leaves the file alone
+            large = path.stat().st_size > lazy.LARGE
+            content = np.memmap(path, np.uint8, "c") if large else path.read_bytes()
         if path.suffix == ".gz":
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(LARGEST + 1)
@@ -353,8 +368,9 @@ def load_imagenet(folder: Path, split: str, stored: int, image_size: int,
                   channels: int) -> Dataset:
     """Downsampled ImageNet (Chrabaszcz et al. 2017), whose images are `stored` pixels high.
 
-    The files are .npz batches of `data` uint8 [N, 3 stored^2] and of labels from 1 to 1000. Batches
-    are converted one by one: at 64x64 all of them together take 16 GB.
+    The files are .npz batches of `data` uint8 [N, 3 stored^2] and of labels from 1 to 1000. All of
+    them together take 16 GB at 64x64. Where the images are large and the batches not compressed,
+    they are mapped; else batches are read and converted one by one.
     """
     pattern = "train_data_batch_*.npz" if split == "train" else "val_data.npz"
     paths = sorted(folder.rglob(pattern), key=lambda p: (len(p.name), p.name))
@@ -363,21 +379,26 @@ def load_imagenet(folder: Path, split: str, stored: int, image_size: int,
         raise ValueError(f"{folder} holds no {wanted}: `python data.py --get imagenet{stored}` "
                          "says where to get them")
     labels = [read_arrays(path, ["labels"])[0].reshape(-1) for path in paths]
-    images = np.empty((sum(map(len, labels)), image_size, image_size, channels), np.uint8)
-    start = 0
-    progress = tqdm(paths, desc=f"reading imagenet{stored}", disable=len(paths) < 2)
-    for path, part in zip(progress, labels, strict=True):
-        batch = read_imagenet_batch(path, part, stored)
-        stop = start + len(part)
-        images[start:stop] = convert(batch, image_size, channels, f"imagenet{stored}")
-        start = stop
+    shape = sum(map(len, labels)), image_size, image_size, channels
+    maps = [None if lazy.fits(shape) else map_array(path, "data") for path in paths]
+    batches = (imagenet_batch(path, map_, part, stored)
+               for path, map_, part in zip(paths, maps, labels, strict=True))
+    if any(map_ is None for map_ in maps):
+        images, start = np.empty(shape, np.uint8), 0
+        for batch in tqdm(batches, f"reading imagenet{stored}", len(paths), disable=len(paths) < 2):
+            stop = start + len(batch)
+            images[start:stop] = convert(batch, image_size, channels, f"imagenet{stored}")[:]
+            start = stop
+    else:
+        images = convert(lazy.joined([*batches]), image_size, channels, f"imagenet{stored}")
     classes = [f"{k:04d}" for k in range(1, 1001)]
     return Dataset(images, np.concatenate(labels).astype(np.int64) - 1, classes)
 
 
-def read_imagenet_batch(path: Path, labels: np.ndarray, stored: int) -> np.ndarray:
-    """The images of one batch, uint8 [N, stored, stored, 3]."""
-    data, = read_arrays(path, ["data"])
+def imagenet_batch(path: Path, data: np.ndarray | None, labels: np.ndarray,
+                   stored: int) -> np.ndarray:
+    """The images of one batch, uint8 [N, stored, stored, 3]; its data are read unless mapped."""
+    data = read_arrays(path, ["data"])[0] if data is None else data
     shape = len(labels), 3 * stored**2
     fitting = data.shape == shape and data.dtype == np.uint8
     if not fitting or not np.isin(labels, range(1, 1001)).all():

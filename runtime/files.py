@@ -3,6 +3,7 @@
 import fcntl
 import glob
 import io
+import math
 import os
 import struct
 import tarfile
@@ -171,13 +172,40 @@ def array_names(path: Path) -> list[str]:
 
 def array_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of an array in an .npz; its numbers are not read. ValueError as above."""
-    formats = np.lib.format
     with (reading(path, f".npz of {name}"), zipfile.ZipFile(path) as archive,
           archive.open(f"{name}.npy") as file):
-        first = formats.read_magic(file) == (1, 0)
-        read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
-        shape, _, dtype = read(file)
+        shape, _, dtype = read_header(file)
         return shape, dtype
+
+
+def read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether the first index runs fastest, type) of an .npy; the numbers come next."""
+    formats = np.lib.format
+    first = formats.read_magic(file) == (1, 0)
+    return (formats.read_array_header_1_0 if first else formats.read_array_header_2_0)(file)
+
+
+def map_array(path: Path, name: str) -> np.ndarray | None:
+    """An array of an .npz, mapped into memory; None if the file holds it compressed.
+
+    The system reads its pages when they are used, and forgets them when it needs the memory. What
+    is written into the array does not reach the file. ValueError as above.
+    """
+    with reading(path, f".npz of {name}"), zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            return None
+        with archive.open(member) as file:
+            shape, column_major, dtype = read_header(file)
+            head = file.tell()
+            if head + math.prod(shape) * dtype.itemsize != member.file_size:
+                raise ValueError(f"{name} has not as many bytes as its header says")
+            while file.read(2**24):   # to the end, where zipfile compares the check sum
+                pass
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)   # lengths of the name and of more, before the content
+        start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + head
+    return np.asarray(np.memmap(path, dtype, "c", start, shape, "F" if column_major else "C"))
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def rows_by_class(dataset: LabelledImages, columns: int,
     repeats them.
     """
     shape, shown = (columns, *dataset.images.shape[1:]), np.unique(dataset.labels)[:rows]
-    chosen = [np.resize(dataset.images[dataset.labels == k], shape) for k in shown]
+    firsts = [np.flatnonzero(dataset.labels == k)[:columns] for k in shown]
+    chosen = [np.resize(dataset.images[first], shape) for first in firsts]
     return np.stack(chosen), [dataset.classes[k] for k in shown]
 
 
