@@ -139,8 +139,8 @@ def random_squares(images: np.ndarray, chosen: np.ndarray, crop: int) -> np.ndar
     if not crop:
         return images[chosen]
     corners = torch.randint(images.shape[1] - crop + 1, (2, len(chosen))).tolist()
-    return np.stack([images[k, y:y + crop, x:x + crop]
-                     for k, y, x in zip(chosen, *corners, strict=True)])
+    return np.stack([image[y:y + crop, x:x + crop]
+                     for image, y, x in zip(images[chosen], *corners, strict=True)])
 
 
 # ---- the two stages ----------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def run_public(config: Config, target: Path, private: np.ndarray | tuple = ()) -
     print(f"public stage: autoencoder {num_parameters(model.vae.parameters()):,} parameters, "
           f"U-Net {num_parameters(model.unet.parameters()):,}")
     model = public_autoencoder(model, dataset, config, runs.autoencoder_beside(target), digest)
-    z_0 = encode_dataset(model, dataset.images, config.device)
+    z_0 = encode_dataset(model, dataset.images, config.device, config.folder)
     if not config.run.pretrained:   # the scale is still 1 here
         model.latent_scale.copy_(1.0 / z_0.std())
         z_0 *= model.latent_scale
@@ -243,12 +243,12 @@ def run_private(config: Config, files: runs.Files) -> None:
     else:
         run = runs.new_run(config, files.public, N, classes,
                            lambda: public_model(config, files.public, dataset))
-    if run.knows(dataset.images, datasets.same_source(run.public_data, config.data.private)):
-        raise ValueError(f"{files.public} was trained on {config.data.private} without privacy")
     runs.announce(run, config)
-    fingerprint.keep_data(files.unfinished, run.handle, dataset, resumed=run.start is not None)
-    model, plan, device = run.model.to(config.device), run.plan, config.device
-    z_0 = encode_dataset(model, dataset.images, device)
+    model, plan, digests = run.model.to(config.device), run.plan, []
+    z_0 = encode_dataset(model, dataset.images, config.device, config.folder, digests)
+    if run.knows(digests, datasets.same_source(run.public_data, config.data.private)):
+        raise ValueError(f"{files.public} was trained on {config.data.private} without privacy")
+    fingerprint.keep_data(files.unfinished, run.handle, dataset, digests, run.start is not None)
     labels, names = conditions(model, dataset, config), run.trained_names(config)
     private = config.private
     normals = private.expected_batch * private.noise_multiplicity * z_0[0].numel()

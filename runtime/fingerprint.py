@@ -9,6 +9,7 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,19 +22,25 @@ from runtime.distributed import is_first_process
 NO_STATE = (OSError, RuntimeError, ValueError, KeyError, TypeError)
 
 
-def image_digest(images: np.ndarray) -> str:
-    """SHA-256 of the images, uint8 [N, H, W, C], in whatever order."""
-    each = sorted(hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images)
-    return hashlib.sha256(b"".join(each)).hexdigest()
+def each_digest(images: Iterable[np.ndarray]) -> list[bytes]:
+    """SHA-256 of each image, uint8 [H, W, C]."""
+    return [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
 
 
-def keyed_digest(key: bytes, dataset: object) -> str:
-    """HMAC-SHA256 of a Dataset's images, labels and captions in their order."""
-    mac = hmac.new(key, digestmod="sha256")
-    captions = dataset.captions or [None] * len(dataset.images)
-    for image, label, text in zip(dataset.images, dataset.labels.tolist(), captions, strict=True):
-        mac.update(repr((image.shape, label, text)).encode())
-        mac.update(np.ascontiguousarray(image))
+def set_digest(digests: list[bytes]) -> str:
+    """One digest of all images, in whatever order, from `each_digest`."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def keyed_digest(key: bytes, dataset: object, digests: list[bytes]) -> str:
+    """HMAC-SHA256 of a Dataset's images, labels and captions in their order.
+
+    digests: `each_digest` of the images.
+    """
+    mac = hmac.new(key, repr(dataset.images.shape).encode(), "sha256")
+    captions = dataset.captions or [None] * len(digests)
+    for digest, label, text in zip(digests, dataset.labels.tolist(), captions, strict=True):
+        mac.update(digest + repr((label, text)).encode())
     return mac.hexdigest()
 
 
@@ -71,25 +78,28 @@ def read_state(handle: str) -> tuple[bytes, str]:
     return bytes.fromhex(content["key"]), content["digest"]
 
 
-def keep_data(unfinished: Path, handle: str, dataset: object, resumed: bool) -> None:
+def keep_data(unfinished: Path, handle: str, dataset: object, digests: list[bytes],
+              resumed: bool) -> None:
     """Remember the private data of a new run; ValueError if a resumed one was begun with others.
 
-    Prints a line where that cannot be done. Under torchrun the first process does it for all.
+    digests: `each_digest` of their images. Prints a line where that cannot be done. Under torchrun
+    the first process does it for all.
     """
     if not is_first_process():
         return
     if resumed:
-        check(unfinished, handle, dataset)
+        check(unfinished, handle, dataset, digests)
     else:
-        remember(unfinished, handle, dataset)
+        remember(unfinished, handle, dataset, digests)
 
 
-def remember(unfinished: Path, handle: str, dataset: object) -> None:
+def remember(unfinished: Path, handle: str, dataset: object, digests: list[bytes]) -> None:
     """Write key and digest of a new run's data, for its user's eyes only."""
     forget(unfinished)
     unfinished.unlink(missing_ok=True)   # an earlier run's, which was begun with other data
     key = secrets.token_bytes(32)
-    content = {"run": str(unfinished), "key": key.hex(), "digest": keyed_digest(key, dataset)}
+    content = {"run": str(unfinished), "key": key.hex(),
+               "digest": keyed_digest(key, dataset, digests)}
     try:
         path = state_file(handle)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,14 +109,14 @@ def remember(unfinished: Path, handle: str, dataset: object) -> None:
         print(f"--resume will not notice if the private data change: {error}")
 
 
-def check(unfinished: Path, handle: str, dataset: object) -> None:
+def check(unfinished: Path, handle: str, dataset: object, digests: list[bytes]) -> None:
     """ValueError if the data are not those that the run in `unfinished` was begun with."""
     try:
         key, digest = read_state(handle)
     except NO_STATE as error:
         print(f"whether the private data have changed could not be checked: {error}")
         return
-    if keyed_digest(key, dataset) != digest:
+    if keyed_digest(key, dataset, digests) != digest:
         raise ValueError(f"{unfinished} was begun with other images, labels or captions: the data "
                          "have changed")
 

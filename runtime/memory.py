@@ -20,6 +20,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory_of(device: torch.device) -> float:
+    """Bytes of the GPU's or the machine's memory, or of this process's share of them."""
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # The processes on this machine share its memory.
+    return memory / (int(os.environ["LOCAL_WORLD_SIZE"]) if is_one_of_several() else 1)
+
+
 def largest_physical_batch(clipped_sum: Callable, model: nn.Module, parameters: Tensors,
                            example: Batch, most: int) -> int:
     """The largest power of two of examples, below 2 * most, that half of the memory is enough for.
@@ -29,11 +39,7 @@ def largest_physical_batch(clipped_sum: Callable, model: nn.Module, parameters: 
     device = example[0].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)   # encoding the images may have needed more
-        memory = torch.cuda.mem_get_info(device)[1]
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if is_one_of_several():   # those on this machine share its memory
-        memory /= int(os.environ["LOCAL_WORLD_SIZE"])
+    memory = memory_of(device)
     before, size = peak_memory(device), 1
     while True:
         repeated = tuple(x.expand(size, *x.shape[1:]) for x in example)

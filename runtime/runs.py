@@ -23,7 +23,7 @@ from runtime.config import Config
 from runtime.describe import num_parameters
 from runtime.distributed import is_first_process
 from runtime.files import locked
-from runtime.fingerprint import can_check, forget, image_digest, new_handle
+from runtime.fingerprint import can_check, each_digest, forget, new_handle, set_digest
 from runtime.outputs import check_outputs, check_suffix
 from runtime.weights import base_digests, check_not_needed
 from variants.lora import add_lora
@@ -189,9 +189,12 @@ def with_settings(config: Config, made: dict, counts: list[tuple[str, str]]) -> 
 
 
 def public_digest(images: np.ndarray, private: np.ndarray | tuple, config: Config) -> str:
-    """The digest of the public images; ValueError if the private ones are the same."""
-    digest = image_digest(images)
-    if digest == image_digest(private):
+    """The digest of the public images; ValueError if the private ones are the same.
+
+    Every public image is read: a damaged one is refused before the first step.
+    """
+    digest = set_digest(each_digest(tqdm(images, desc="checking public images", delay=2)))
+    if len(images) == len(private) and digest == set_digest(each_digest(private)):
         raise ValueError(f"{config.data.private} holds the images of {config.data.public}: what is "
                          "private must not be public")
     return digest
@@ -208,13 +211,13 @@ class PrivateRun:
     public_digest: str | None = None   # of the public images; official weights have none
     handle: str = field(default_factory=new_handle)   # by which fingerprint knows the run
 
-    def knows(self, images: np.ndarray, same_name: bool) -> bool:
-        """Whether the public model was trained on these images, uint8 [N, H, W, C].
+    def knows(self, digests: list[bytes], same_name: bool) -> bool:
+        """Whether the public model was trained on the images of which `each_digest` is given.
 
         One set has many names, so their digest tells. A folder may have changed, and of official
         weights no digest is known, so the name tells too.
         """
-        return same_name or image_digest(images) == self.public_digest
+        return same_name or set_digest(digests) == self.public_digest
 
     @property
     def public_data(self) -> str:

@@ -13,6 +13,7 @@ import torch
 
 import dp_sgd
 import train
+from datasets import lazy
 from dp_sgd import PrivacyPlan, private_parameter_names
 from ldm import lr_factor
 from runtime.checkpoints import load_checkpoint
@@ -165,6 +166,32 @@ def test_latents_have_unit_variance(public):
     images = train.load_images(str(public / "public-images"), configure()).images
     z_0 = encode_dataset(model, images, torch.device("cpu"))
     assert z_0.shape == (12, 4, 4, 4) and z_0.std().item() == pytest.approx(1.0, rel=1e-4)
+
+
+# ---- data larger than memory -------------------------------------------------------------------
+
+def test_both_stages_learn_the_same_of_large_sets(public, tmp_path, monkeypatch):
+    found = []
+    for name in ("small", "large"):
+        out = tmp_path / name
+        command = arguments(public, out, "--insecure-noise-seed", 3, "--set", "autoencoder.crop=4")
+        train.main(command[2:])   # without the public checkpoint: the public stage comes first
+        found.append([model.values() for model in states(out / "public.pt",
+                                                         out / "private-eps3.pt")])
+        monkeypatch.setattr(lazy, "LARGE", 0)
+    for small, large in zip(*found, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(small, large, strict=True))
+
+
+@pytest.mark.parametrize("stage", ["public", "private"])
+def test_a_damaged_picture_of_a_large_set_is_refused_first(public, tmp_path, capsys, monkeypatch,
+                                                           optimizer_steps, stage):
+    images = write_images(tmp_path / "images", [12, 12], seed=1)
+    (images / "b/7.png").write_bytes(b"damaged")
+    monkeypatch.setattr(lazy, "LARGE", 0)
+    command = arguments(public, tmp_path / "out", "--stage", stage, f"--{stage}-data", images)
+    message = refuse(capsys, train.main, command[2 * (stage == "public"):])
+    assert f"cannot read the image b/7.png of {images}" in message and not optimizer_steps
 
 
 # ---- the program -------------------------------------------------------------------------------

@@ -15,28 +15,31 @@ from runtime import fingerprint, runs
 from tiny import arguments, refuse, write_images
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
+DIGESTS = fingerprint.each_digest(IMAGES)
 DATA = Dataset(IMAGES, np.array([0, 1, 0, 1]), ["a", "b"], ["one", "two", "three", "four"])
 
 
 # ---- public images -----------------------------------------------------------------------------
 
 def test_a_digest_is_of_images_in_any_order():
-    digest = fingerprint.image_digest(IMAGES)
-    assert fingerprint.image_digest(IMAGES[[2, 0, 3, 1]]) == digest
+    def digest_of(images: np.ndarray) -> str:
+        return fingerprint.set_digest(fingerprint.each_digest(images))
+
     others = [IMAGES[:3], IMAGES[[0, 1, 2, 2]], np.where(IMAGES == IMAGES[3, 0, 0], 0, IMAGES)]
-    assert digest not in map(fingerprint.image_digest, others)
+    assert digest_of(IMAGES) == digest_of(IMAGES[[2, 0, 3, 1]])
+    assert digest_of(IMAGES) not in map(digest_of, others)
 
 
-OTHER = fingerprint.image_digest(IMAGES[:3])
+OTHER = fingerprint.set_digest(DIGESTS[:3])
 
 
 @pytest.mark.parametrize("digest, same_name, known", [
-    (fingerprint.image_digest(IMAGES), False, True), (OTHER, False, False),
+    (fingerprint.set_digest(DIGESTS), False, True), (OTHER, False, False),
     (OTHER, True, True),   # the folder has changed since
     (None, True, True), (None, False, False)])   # official weights
 def test_known_are_equal_images_and_equal_names(digest, same_name, known):
     run = runs.PrivateRun(None, None, [], {}, public_digest=digest)
-    assert run.knows(IMAGES, same_name) == known
+    assert run.knows(DIGESTS, same_name) == known
 
 
 @pytest.mark.parametrize("behind", ["public", "private"])
@@ -66,17 +69,19 @@ def no_state(state):
     {"captions": None}])
 def test_each_part_of_private_data_is_remembered(tmp_path, change):
     unfinished = tmp_path / "a.unfinished.pt"
-    fingerprint.keep_data(unfinished, "name", DATA, resumed=False)
-    fingerprint.keep_data(unfinished, "name", replace(DATA), resumed=True)
+    fingerprint.keep_data(unfinished, "name", DATA, DIGESTS, resumed=False)
+    fingerprint.keep_data(unfinished, "name", replace(DATA), DIGESTS, resumed=True)
+    changed = replace(DATA, **change)
     with pytest.raises(ValueError, match="the data have changed"):
-        fingerprint.keep_data(unfinished, "name", replace(DATA, **change), resumed=True)
+        fingerprint.keep_data(unfinished, "name", changed, fingerprint.each_digest(changed.images),
+                              resumed=True)
 
 
 def test_key_and_digest_are_for_the_user_alone(tmp_path, state):
     found = []
     for name in "ab":
         handle = fingerprint.new_handle()
-        fingerprint.keep_data(tmp_path / name, handle, DATA, resumed=False)
+        fingerprint.keep_data(tmp_path / name, handle, DATA, DIGESTS, resumed=False)
         path = fingerprint.state_file(handle)
         assert path.parent == state and stat.S_IMODE(path.stat().st_mode) == 0o600
         found.append(json.loads(path.read_text()))
@@ -87,14 +92,14 @@ def test_key_and_digest_are_for_the_user_alone(tmp_path, state):
 def test_a_new_run_takes_no_older_file_for_its_own(tmp_path):
     unfinished = tmp_path / "a.unfinished.pt"
     unfinished.write_bytes(b"of other data")
-    fingerprint.keep_data(unfinished, "name", DATA, resumed=False)
+    fingerprint.keep_data(unfinished, "name", DATA, DIGESTS, resumed=False)
     assert not unfinished.exists()
 
 
 def test_without_a_state_folder_runs_say_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    fingerprint.keep_data(tmp_path / "a.pt", "name", DATA, resumed=False)
+    fingerprint.keep_data(tmp_path / "a.pt", "name", DATA, DIGESTS, resumed=False)
     assert "--resume will not notice" in capsys.readouterr().out
 
 
