@@ -64,8 +64,9 @@ class Images:
                 found[place] = self.make(k)
             return len(piece)
 
+        in_order = POOL.map if THREADS > 1 else map   # an error cancels what has not begun
         with tqdm(total=len(numbers), desc=title, delay=2, disable=not title) as progress:
-            for done in POOL.map(fill, range(0, len(numbers), size)):   # the first error ends all
+            for done in in_order(fill, range(0, len(numbers), size)):
                 progress.update(done)
         return found
 

@@ -3,7 +3,8 @@
 import functools
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,19 @@ def large(monkeypatch: pytest.MonkeyPatch) -> Callable:
     return lambda: monkeypatch.setattr(lazy, "LARGE", 0)
 
 
+@pytest.fixture(params=[1, 4])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Images are made by so many threads."""
+    monkeypatch.setattr(lazy, "THREADS", request.param)
+    with ThreadPoolExecutor(request.param) as pool:
+        monkeypatch.setattr(lazy, "POOL", pool)
+        yield request.param
+
+
 @pytest.mark.parametrize("index", [
     0, -1, np.int64(3), slice(5, 60, 7), slice(0), np.array([69, 0, 69]), np.arange(70) % 3 == 0,
     (slice(10), None), np.arange(6).reshape(2, 3)], ids=str)
-def test_they_are_indexed_as_an_array_is(index):
+def test_they_are_indexed_as_an_array_is(index, threads):
     images = Images(lambda k: PIXELS[k], PIXELS.shape)
     assert np.array_equal(images[index], PIXELS[index])
     assert (len(images), images.shape, images.dtype) == (70, PIXELS.shape, PIXELS.dtype)
@@ -48,7 +58,7 @@ def test_only_what_is_indexed_is_made():
         images[70]
 
 
-def test_the_first_error_ends_the_reading():
+def test_the_first_error_ends_the_reading(threads):
     made = []
 
     def make(k: int) -> np.ndarray:
@@ -59,6 +69,7 @@ def test_the_first_error_ends_the_reading():
 
     with pytest.raises(ValueError, match="image 3 is damaged"):
         Images(make, (100_000, 4, 4, 3))[:]
+    lazy.POOL.shutdown()   # what has begun ends
     assert len(made) < 90_000
 
 
@@ -150,7 +161,7 @@ def test_a_damaged_mapped_npz_is_refused(tmp_path, large):
         load(str(path), "train", channels=3)
 
 
-def test_what_a_large_set_holds_is_said_when_met(tmp_path, large, capsys):
+def test_what_a_large_set_holds_is_said_when_met(tmp_path, large, threads, capsys):
     levels, file = np.array([[0, 65_535]] * 2, np.uint16), io.BytesIO()
     Image.new("L", (8, 8)).save(file, "TIFF", save_all=True, append_images=[Image.new("L", (8, 8))])
     write({"a/0.png": plain(1), "a/1.png": plain(2, (4, 6)), "a/2.png": encoded(levels),
