@@ -238,9 +238,9 @@ LEAKS = [
           "    labels, names = conditions(model, dataset, config)",
           "runtime/test_runs.py::test_an_example_changes_its_own_gradients_only"),
     fault("label counts in the checkpoint", "train.py",
-          "run.save(files.target, config, classes, plan.steps)",
-          "run.save(files.target, config, classes, plan.steps,\n"
-          "             counts=np.bincount(dataset.labels).tolist())",
+          "    run.finish(config, files, classes)",
+          "    run.public_config[\"counts\"] = np.bincount(dataset.labels).tolist()\n"
+          "    run.finish(config, files, classes)",
           "runtime/test_runs.py::test_an_example_changes_its_own_gradients_only"),
     fault("grid shows the classes that have images", "train.py",
           "if config.has_captions else classes\n    save_samples",
@@ -477,7 +477,7 @@ PROCESSES = [
 ]
 
 FILES = [
-    fault("checkpoints may run code", "runtime/checkpoints.py",
+    fault("checkpoints may run code", "runtime/weights.py",
           "weights_only=True", "weights_only=False",
           "runtime/test_checkpoints.py::test_code_in_a_checkpoint_is_not_run"),
     fault("privacy.json comes after its checkpoint", "runtime/files.py",
