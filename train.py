@@ -178,7 +178,7 @@ def public_autoencoder(model: LatentDiffusion, dataset: datasets.Dataset, config
     if saved.exists() and not config.run.overwrite:   # a stopped stage has its slower half done
         model.vae = runs.earlier_autoencoder(saved, config, digest).to(config.device)
         return model
-    with distributed.averaged_gradients(model.vae.parameters()):
+    with distributed.averaged_gradients():
         train_autoencoder(model.vae, dataset.images, distributed.local_batches(config))
     runs.check_finite(model, "autoencoder.lr")
     save_checkpoint(saved, model, classes=dataset.classes, config=dataclasses.asdict(config),
@@ -210,7 +210,7 @@ def run_public(config: Config, target: Path, private: np.ndarray | tuple = ()) -
         z_0 *= model.latent_scale
     rng = np.random.default_rng(config.public.seed + rank)
     with (bfloat16(model.unet, model.embedder, enabled=config.run.bf16),
-          distributed.averaged_gradients(model.parameters())):
+          distributed.averaged_gradients()):
         train_public(model, z_0, conditions(model, dataset, config),
                      distributed.local_batches(config), rng)
     runs.check_finite(model, "public.lr")

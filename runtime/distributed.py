@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dp_sgd import Batch, PrivacyPlan, Tensors
 
@@ -180,17 +181,19 @@ def local_batches(config: object) -> object:
 
 
 @contextmanager
-def averaged_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, every backward pass leaves the mean gradient over all processes."""
+def averaged_gradients() -> Iterator[None]:
+    """Inside, every optimiser takes its steps by the mean gradient over all processes."""
     world = rank_and_world()[1]
 
-    def average(parameter: nn.Parameter) -> None:
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world
+    def average(optimizer: torch.optim.Optimizer, *details: object) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.grad is not None]
+        sum_over_processes(gradients)
+        torch._foreach_div_(gradients, world)
 
-    hooks = [p.register_post_accumulate_grad_hook(average) for p in parameters if world > 1]
+    hook = register_optimizer_step_pre_hook(average) if world > 1 else None
     try:
         yield
     finally:
-        for hook in hooks:
+        if hook:
             hook.remove()

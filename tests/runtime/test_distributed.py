@@ -35,15 +35,17 @@ def test_without_torchrun_nothing_changes():
     def clipped_sum(model, parameters, batch, C):
         return {}
 
-    asked, weight = [], nn.Parameter(torch.ones(2))
+    asked = []
     assert distributed.rank_and_world() == (0, 1)
     for wrap in (distributed.of_share, distributed.summed, distributed.by_first_process):
         assert wrap(clipped_sum) is clipped_sum
     assert distributed.shared_stop(asked) is asked
     assert distributed.local_batch_size(7) == 7
-    with distributed.process_group(), distributed.averaged_gradients([weight]):
+    weight = nn.Parameter(torch.ones(2))
+    with distributed.process_group(), distributed.averaged_gradients():
         weight.sum().backward()
-    assert weight.grad.tolist() == [1, 1]
+        torch.optim.SGD([weight], lr=1.0).step()
+    assert weight.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -89,6 +91,7 @@ def test_left_overs_never_make_several_private_runs(public, tmp_path, left_over,
 
 PARTS = """
 import sys
+from contextlib import nullcontext
 import numpy as np, torch
 from torch import nn
 import dp_sgd
@@ -132,9 +135,16 @@ with distributed.process_group():
     if rank:
         asked.append(2)   # Ctrl-C reached the second process only
     found["after"] = bool(stop)
-    with distributed.averaged_gradients(model.parameters()):
-        (model.a.sum() * (1 + rank)).backward()
-    found["gradient"] = model.a.grad.numpy()
+    messages, all_reduce = [], torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda tensor: messages.append(all_reduce(tensor))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for name, inside in (("gradient", distributed.averaged_gradients), ("own", nullcontext)):
+        with inside():
+            optimizer.zero_grad()
+            (model.a.sum() * (1 + rank) + model.b.sum()).backward()
+            optimizer.step()
+        found[name] = torch.stack([model.a.grad, model.b.grad]).numpy()
+    found["messages"] = len(messages)
     found["share"] = distributed.local_batch_size(7)
     print("speaks")
     np.savez(f"{folder}/{rank}.npz", **found)
@@ -180,8 +190,13 @@ def test_all_processes_stop_where_one_is_asked_to(parts):
 
 
 def test_a_public_gradient_is_the_mean_of_all_shares(parts):
-    for found in parts[:2]:
-        assert (found["gradient"] == 1.5).all() and found["share"] == 4
+    for rank, found in enumerate(parts[:2]):
+        assert (found["gradient"][0] == 1.5).all() and (found["gradient"][1] == 1).all()
+        assert (found["own"][0] == 1 + rank).all() and found["share"] == 4
+
+
+def test_all_public_gradients_travel_in_one_message(parts):
+    assert [found["messages"] for found in parts[:2]] == [1, 1]
 
 
 def test_one_of_the_processes_speaks(parts):
