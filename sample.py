@@ -127,8 +127,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="what to sample from a model of captions; several take turns")
     add("--count", type=int, default=10_000, help="images in the .npz (default 10000)")
     add("--real", help="first panel of the grid: real test images (letters, digits, mnist, ...)")
-    add("--caption-from", type=Path, metavar="FILE",
-        help="put the accuracies in this file of evaluate.py --json below the grid")
+    add("--caption-from", nargs="+", default=[], type=Path, metavar="FILE",
+        help="put the accuracies in these files of evaluate.py --json below the grid")
     add("--data-dir", default="data", help="folder of the files of named data sets")
     add("--columns", type=int, default=10, help="images per class in the grid (default 10)")
     add("--steps", type=int, default=12, help="network evaluations (default 12)")
@@ -157,7 +157,7 @@ def check(args: argparse.Namespace) -> None:
     check_suffix(args.grid, ".png")
     check_suffix(args.npz, ".npz")
     check_outputs(filter(None, (args.grid, args.npz)),
-                  filter(None, (*args.checkpoints, args.real, args.caption_from)))
+                  filter(None, (*args.checkpoints, args.real, *args.caption_from)))
 
 
 def main(argv: list[str] | None = None) -> None:

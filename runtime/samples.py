@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,29 +56,36 @@ def title(origin: dict) -> str:
     return f"eps = {in_words(origin['epsilon'], 3)}" if origin["epsilon"] else "public only"
 
 
-def caption(origins: list[dict], results: Path | None) -> str:
-    """What is said below samples: their delta, and the accuracies that evaluate.py --json found.
+def caption(origins: list[dict], results: Sequence[Path]) -> str:
+    """What is said below samples: their delta, and the accuracies in files of evaluate.py --json.
 
-    ValueError if `results` is no such file, or is about none of these checkpoints.
+    ValueError if one of `results` is no such file, if they measured differently, or if none is
+    about these checkpoints.
     """
     deltas = sorted({o["delta"] for o in origins if o["delta"]})
     text = f"delta = {', '.join(f'{d:g}' for d in deltas)}. " if deltas else ""
-    if not results:
-        return text
     shown = {o["sha256"]: title(o) for o in origins}
-    try:
-        report = json.loads(results.read_text())
-        parts = [f"{name}: {scores}" for name, scores in accuracies(report, shown)]
-        head = (f"Accuracy on {report['test_images']:,} real test images of classifiers trained on "
-                f"{'; '.join(parts)} (mean of {report['seeds']}).")
-        known = any(row["origin"].get("sha256") in shown for row in report["results"])
-    except (*UNREADABLE, AttributeError) as error:
-        raise ValueError(
-            f"{results} is no readable file of evaluate.py --json: {error!r}") from error
+    parts, protocols, known = [], set(), not results
+    for path in results:
+        try:
+            report = json.loads(path.read_text())
+            parts += [f"{name}: {scores}" for name, scores in accuracies(report, shown)]
+            protocols.add((f"Accuracy on {report['test_images']:,} real test images of classifiers "
+                           "trained on ", f" (mean of {report['seeds']})."))
+            known |= any(row["origin"].get("sha256") in shown for row in report["results"])
+        except (*UNREADABLE, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no readable file of evaluate.py --json: {error!r}") from error
+    files = ", ".join(map(str, results))
     if not known:
-        raise ValueError(f"{results} is about other checkpoints: evaluate samples of these "
+        raise ValueError(f"{files} is about other checkpoints: evaluate samples of these "
                          "(sample.py --npz) first")
-    return text + head if parts else text
+    if len(protocols) > 1:
+        raise ValueError(f"{files} differ in their test images or in the number of classifiers")
+    if not parts:
+        return text
+    [(head, tail)] = protocols
+    return text + head + "; ".join(parts) + tail
 
 
 def accuracies(report: dict, shown: dict[str, str]) -> list[tuple[str, str]]:

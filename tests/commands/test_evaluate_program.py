@@ -285,7 +285,7 @@ def test_an_infinite_epsilon_is_valid_json(folder, capsys):
     report = json.loads(Path("r.json").read_text(), parse_constant=pytest.fail)
     assert report["results"][0]["origin"] == {**ORIGIN, "epsilon": "Infinity"}
     assert table(capsys.readouterr().out)[1][2] == "inf"
-    assert "logreg" in caption([ORIGIN], Path("r.json"))   # sample.py reads it
+    assert "logreg" in caption([ORIGIN], [Path("r.json")])   # sample.py reads it
 
 
 def test_rows_have_names_that_differ(folder, capsys):

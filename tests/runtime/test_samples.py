@@ -118,27 +118,38 @@ FOREIGN = dict(sha256="cc")
 
 def test_the_caption_tells_every_delta():
     other = dict(sha256="dd", epsilon=1.0, delta=0.01)
-    assert caption([PUBLIC], None) == ""
-    assert caption([other, PUBLIC, PRIVATE, PRIVATE], None) == "delta = 1e-05, 0.01. "
+    assert caption([PUBLIC], []) == ""
+    assert caption([other, PUBLIC, PRIVATE, PRIVATE], []) == "delta = 1e-05, 0.01. "
 
 
 def test_the_caption_tells_the_accuracies(tmp_path):
     results = report(tmp_path / "r.json", row(0.9, **PRIVATE), row(0.5, **FOREIGN),
                      row(0.75, **PUBLIC), row(0.99, real=True))
-    assert caption([PUBLIC, PRIVATE], results) == (
+    assert caption([PUBLIC, PRIVATE], [results]) == (
         "delta = 1e-05. Accuracy on 1,234 real test images of classifiers trained on "
         "eps = 2.5: cnn 90.00%; public only: cnn 75.00%; real images: cnn 99.00% (mean of 2).")
 
 
+def test_a_caption_is_of_several_reports(tmp_path):
+    real = report(tmp_path / "real.json", row(0.99, real=True))
+    results = report(tmp_path / "r.json", row(0.9, **PRIVATE))
+    assert caption([PRIVATE], [real, results]).endswith(
+        "trained on real images: cnn 99.00%; eps = 2.5: cnn 90.00% (mean of 2).")
+    assert "eps = 2.5: cnn 90.00%; real" in caption([PRIVATE], [results, real])
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"seeds": 3}))
+    with pytest.raises(ValueError, match="r.json differ in .* number of classifiers"):
+        caption([PRIVATE], [real, results])
+
+
 def test_samples_without_classes_have_no_accuracies(tmp_path):
     results = report(tmp_path / "r.json", row(0.5, **PUBLIC) | {"accuracy": {}})
-    assert caption([PUBLIC], results) == ""
+    assert caption([PUBLIC], [results]) == ""
 
 
 def test_a_caption_is_never_about_other_checkpoints(tmp_path):
     results = report(tmp_path / "r.json", row(0.5, **FOREIGN), row(0.99, real=True))
     with pytest.raises(ValueError, match="r.json is about other checkpoints"):
-        caption([PUBLIC], results)
+        caption([PUBLIC], [results])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"results": [{}]}', '{"results": 3}', None,
@@ -147,5 +158,5 @@ def test_a_foreign_report_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "r.json").write_text(content)
     with pytest.raises(ValueError, match="r.json is no readable file of evaluate.py") as error:
-        caption([PUBLIC], tmp_path / "r.json")
+        caption([PUBLIC], [tmp_path / "r.json"])
     assert "\n" not in str(error.value)
