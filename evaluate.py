@@ -50,6 +50,7 @@ import datasets
 from accountant import in_words
 from datasets import Dataset, download, listing, rendered
 from ldm import lr_factor, normalize_images
+from runtime import threads
 from runtime.checkpoints import is_plain
 from runtime.cli import Parser, find_device, one_line_errors
 from runtime.files import array_names, atomic_write, read_arrays
@@ -607,6 +608,7 @@ def main(argv: list[str] | None = None, inception: NetworkFile = INCEPTION) -> N
     for name in args.classifiers:   # complains now rather than after hours
         make_classifier(name, test.images.shape[3], test.images.shape[1], len(test.classes),
                         args.wrn)
+    threads.choose(64 * 32 * (test.images.shape[1] // 2) ** 2, args.device)   # the small CNN's
     measures = distances(args, real, test, inception)
     report = new_report(args, argv, len(test.labels))
     print(f"accuracy on {len(test.labels):,} real test images: mean and spread of {args.seeds} "

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import datasets
 from ldm import LatentDiffusion, images_at_once
+from runtime import threads
 from runtime.checkpoints import load_checkpoint
 from runtime.cli import Parser, find_device, one_line_errors
 from runtime.config import check_sampling
@@ -44,6 +45,7 @@ def draw_samples(model: LatentDiffusion, conditions: np.ndarray,
     """
     model = model.to(args.device)
     batch = 2 * images_at_once(model.vae.resolution)   # decoding splits them again
+    threads.choose(threads.of_unet(model, min(batch, len(conditions))), args.device)
     generator = torch.Generator().manual_seed(args.seed)
     images = []
     with tqdm(total=len(conditions), desc="sampling", unit="image") as progress:
@@ -103,8 +105,7 @@ def write_grid(args: argparse.Namespace) -> None:
             real, args.columns)
         panels.append(("real", *rows))
     for (model, _), shown, origin in zip(loaded, names, origins, strict=True):
-        shown = shown if args.prompt else shown[:10]
-        panels.append(grid_panel(model, shown, title(origin), args))
+        panels.append(grid_panel(model, shown if args.prompt else shown[:10], title(origin), args))
     save_grid(args.grid, panels, text)
     print(f"wrote {args.grid}")
 

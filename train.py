@@ -34,7 +34,7 @@ from ldm import (
     normalize_images,
     sample_t_and_noise,
 )
-from runtime import distributed, fingerprint, runs
+from runtime import distributed, fingerprint, runs, threads
 from runtime.checkpoints import build_model, load_checkpoint, load_pretrained, save_checkpoint
 from runtime.classes import LOOKALIKES, new_class_embedder
 from runtime.cli import one_line_errors, stop_after_step
@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
                          "they must differ")
     files = runs.Files.of(config)
     with distributed.process_group(), files.locked(config) as complete:
+        threads.choose(threads.of_training(config), config.device)
         if config.device.type == "cuda":   # TF32; norms and sums are in float64
             torch.set_float32_matmul_precision("high")
         if config.stage == "public":

@@ -1,0 +1,78 @@
+"""A small model computes on one thread, a large one on all; OMP_NUM_THREADS is obeyed."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import audit
+import evaluate
+import sample
+import train
+from datasets import Dataset
+from runtime import threads
+from runtime.distributed import log_once
+from tiny import FLAGS, configure, tiny_model
+
+UNIT = threads.PER_THREAD
+
+
+@pytest.fixture
+def chosen(monkeypatch) -> list[int]:
+    """The numbers of threads that torch is told, on a machine of four cores."""
+    told = []
+    log_once.cache_clear()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    return told
+
+
+@pytest.mark.parametrize("numbers, expected", [
+    (0, [1]), (2 * UNIT - 1, [1]), (2 * UNIT, [2]), (4 * UNIT, []), (10**12, [])])
+def test_each_thread_has_enough_to_do(chosen, numbers, expected):
+    threads.choose(numbers, torch.device("cpu"))
+    assert chosen == expected
+
+
+def test_fewer_threads_are_spoken_of_once(chosen, capsys):
+    for _ in range(2):
+        threads.choose(UNIT, torch.device("cpu"))
+    assert capsys.readouterr().out == "computing on 1 of 4 cores: OMP_NUM_THREADS=4 takes all\n"
+
+
+@pytest.mark.parametrize("variable, device", [("4", "cpu"), (None, "cuda")])
+def test_what_was_asked_for_and_gpus_stay(chosen, monkeypatch, capsys, variable, device):
+    if variable:
+        monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", variable)
+    threads.choose(0, torch.device(device))
+    assert not chosen and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings, numbers", [
+    (["autoencoder.batch=100"], 100 * 8 * 8 ** 2),
+    (["autoencoder.batch=100", "autoencoder.crop=4"], 100 * 8 * 4 ** 2),
+    (["public.batch=100"], 100 * 16 * 4 ** 2)])
+def test_the_larger_first_feature_map_counts(settings, numbers):
+    config = configure("autoencoder.batch=1", "public.batch=1", *settings)
+    assert threads.of_training(config) == numbers
+    assert threads.of_unet(tiny_model(), 100) == 100 * 16 * 4 ** 2
+
+
+@pytest.mark.parametrize("program, numbers", [
+    (train, 4 * 8 * 8 ** 2), (sample, 2 * 16 * 4 ** 2), (evaluate, 64 * 32 * 16 ** 2),
+    (audit, 0)])
+def test_every_program_chooses_its_threads(private, tmp_path, monkeypatch, program, numbers):
+    seen = []
+    monkeypatch.setattr(threads, "choose", lambda *of: seen.append(of))
+    test = Dataset(np.zeros((1, 32, 32, 1), np.uint8), np.zeros(1, int), ["a"])
+    monkeypatch.setattr(train, "run_public", lambda config, target: None)
+    monkeypatch.setattr(evaluate, "load_images", lambda args: ([], None, test))
+    monkeypatch.setattr(audit, "run_canaries", lambda canaries: True)
+    program.main({
+        train: ["--stage", "public", "--out", str(tmp_path), *FLAGS],
+        sample: [str(private), "--npz", str(tmp_path / "s.npz"), "--count", "2", "--steps", "1",
+                 "--device", "cpu"],
+        evaluate: ["--real-baseline", "--device", "cpu"], audit: []}[program])
+    assert seen == [(numbers, torch.device("cpu"))]
