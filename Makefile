@@ -2,6 +2,11 @@
 REQUIREMENTS := requirements.txt
 PYTHON := .venv/bin/python
 RUN := runs/glyphs
+# Processes side by side use the cores better than threads do.
+export OMP_NUM_THREADS := 1
+PROCESSES := 2
+RESULTS := $(RUN)/real.json $(RUN)/eps10.json $(RUN)/eps1.json
+EVALUATE := $(PYTHON) evaluate.py --real digits --steps 250 --overwrite
 
 .PHONY: help demo test test-core faults lint clean
 
@@ -11,6 +16,7 @@ help:
 	@echo "make test-core  only the tests of the seven files, a minute"
 	@echo "make faults     put deliberate faults into the code: do the tests catch them?"
 	@echo "make clean      delete runs/ and rendered data"
+	@echo "PROCESSES=1     with make demo: where there is one core only (default 2)"
 	@echo "REQUIREMENTS=FILE  with any of these: install the packages in FILE (default $(REQUIREMENTS))"
 
 .venv/installed: $(REQUIREMENTS)
@@ -22,21 +28,25 @@ lint: .venv/installed
 	$(PYTHON) -m ruff check .
 
 test-core: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/core
+	$(PYTHON) -m pytest tests/core
 
 test: test-core
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --ignore tests/core
+	$(PYTHON) -m pytest --ignore tests/core
 
 faults: .venv/installed
 	$(PYTHON) tests/faults.py
 
-# Both fine-tunings run side by side, each on one core: that uses two cores better than two threads.
+# Two processes keep two cores busy throughout.
 demo: .venv/installed $(RUN)/public.pt
-	OMP_NUM_THREADS=1 $(MAKE) -j2 $(RUN)/eps10.npz $(RUN)/eps1.npz
-	$(PYTHON) evaluate.py $(RUN)/eps1.npz $(RUN)/eps10.npz --real digits --real-baseline --steps 250 \
-		--json $(RUN)/results.json --overwrite
+	$(MAKE) -j$(PROCESSES) $(RESULTS)
 	$(PYTHON) sample.py $(RUN)/public.pt $(RUN)/private-eps10.pt $(RUN)/private-eps1.pt \
-		--real digits --guidance 2.5 --grid $(RUN)/samples.png --caption-from $(RUN)/results.json
+		--real digits --guidance 2.5 --grid $(RUN)/samples.png --caption-from $(RESULTS)
+
+$(RUN)/real.json: | $(RUN)/public.pt
+	$(EVALUATE) --real-baseline --json $@
+
+$(RUN)/%.json: $(RUN)/%.npz
+	$(EVALUATE) $< --json $@
 
 $(RUN)/%.npz: $(RUN)/private-%.pt
 	$(PYTHON) sample.py $< --npz $@ --count 1000 --guidance 2.5
@@ -45,7 +55,8 @@ $(RUN)/private-eps%.pt: | $(RUN)/public.pt
 	$(PYTHON) train.py --stage private --eps $* --resume
 
 $(RUN)/public.pt: | .venv/installed
-	$(PYTHON) train.py --stage public
+	$(PYTHON) -m torch.distributed.run --standalone --nproc_per_node=$(PROCESSES) \
+		train.py --stage public
 
 .PRECIOUS: $(RUN)/%.npz $(RUN)/private-eps%.pt $(RUN)/public.pt
 
