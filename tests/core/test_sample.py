@@ -131,8 +131,9 @@ def test_large_images_are_sampled_few_at_a_time(resolution, most):
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.vae = torch.nn.Module()
-            self.vae.resolution = resolution
+            self.vae, self.unet = torch.nn.Module(), torch.nn.Module()
+            self.vae.resolution, self.vae.latent_shape = resolution, (4, 4, 4)
+            self.unet.model_channels = 16
 
         def generate(self, condition, *settings):
             sizes.append(len(condition))
