@@ -2,15 +2,17 @@
 REQUIREMENTS := requirements.txt
 PYTHON := .venv/bin/python
 RUN := runs/glyphs
+PUBLISHED := $(patsubst %,checkpoints/%.pt,mnist mnist-eps10 mnist-eps1 mnist-eps0.2)
 # Processes side by side use the cores better than threads do.
 export OMP_NUM_THREADS := 1
 PROCESSES := 2
 RESULTS := $(RUN)/real.json $(RUN)/eps10.json $(RUN)/eps1.json
 EVALUATE := $(PYTHON) evaluate.py --real digits --steps 250 --overwrite
 
-.PHONY: help demo test test-core faults lint clean
+.PHONY: help samples demo test test-core faults lint clean
 
 help:
+	@echo "make samples    samples of the published MNIST checkpoints, in runs/samples.png"
 	@echo "make demo       train, fine-tune privately, sample, evaluate: rendered data, offline"
 	@echo "make test       lint and all tests"
 	@echo "make test-core  only the tests of the seven files, a minute"
@@ -23,6 +25,9 @@ help:
 	python3 -m venv .venv
 	$(PYTHON) -m pip install --quiet -r $(REQUIREMENTS)
 	touch $@
+
+samples: .venv/installed
+	$(PYTHON) sample.py $(PUBLISHED) --guidance 2 --grid runs/samples.png
 
 lint: .venv/installed
 	$(PYTHON) -m ruff check .
