@@ -233,7 +233,6 @@ FLAGS = {
         "public-checkpoint": ("run.public_checkpoint", "public model (default OUT/public.pt)"),
         "pretrained": ("run.pretrained", "official CompVis checkpoint, as the public model"),
         "whole": ("run.whole", "the private checkpoint holds the public weights too"),
-        "half": ("run.half", "finished checkpoints hold numbers of 16 bits"),
         "overwrite": ("run.overwrite", "replace checkpoints of an earlier run"),
         "resume": ("run.resume", "go on with an interrupted private run, if there is one"),
     },

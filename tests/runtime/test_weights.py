@@ -99,7 +99,7 @@ def test_a_public_model_that_is_needed_stays(published, public, capsys):
 def test_half_precision_halves_the_file(public, tmp_path):
     seed = ["--insecure-noise-seed", 3]
     train.main(arguments(public, tmp_path / "full", *seed))
-    train.main(arguments(public, tmp_path / "half", "--half", *seed))
+    train.main(arguments(public, tmp_path / "half", "--set", "run.half=true", *seed))
     full, half = (tmp_path / name / "private-eps3.pt" for name in ("full", "half"))
     sizes = [sum(w.nbytes for w in stored(path).values()) for path in (full, half)]
     assert sizes[1] < 0.51 * sizes[0] and os.path.getsize(half) < os.path.getsize(full)
