@@ -608,7 +608,8 @@ def main(argv: list[str] | None = None, inception: NetworkFile = INCEPTION) -> N
     for name in args.classifiers:   # complains now rather than after hours
         make_classifier(name, test.images.shape[3], test.images.shape[1], len(test.classes),
                         args.wrn)
-    threads.choose(64 * 32 * (test.images.shape[1] // 2) ** 2, args.device)   # the small CNN's
+    first = RECIPES["small-cnn"].batch * 32 * (test.images.shape[1] // 2) ** 2   # feature map
+    threads.choose(first, args.device)
     measures = distances(args, real, test, inception)
     report = new_report(args, argv, len(test.labels))
     print(f"accuracy on {len(test.labels):,} real test images: mean and spread of {args.seeds} "

@@ -13,7 +13,7 @@ from ldm import LatentDiffusion
 from runtime.config import Config
 from runtime.distributed import log_once
 
-PER_THREAD = 200_000   # numbers: a second thread brings less than 30 % below two times this
+PER_THREAD = 200_000   # numbers: a guess, until benchmarks/threads.py has been run in quiet
 
 
 def choose(numbers: int, device: torch.device) -> None:

@@ -46,7 +46,7 @@ def test_low_rank_additions_are_stored_alone(public, tmp_path):
     load_checkpoint(tmp_path / "private-eps3.pt")
 
 
-def test_a_whole_private_file_is_the_same_model(public, private, tmp_path):
+def test_a_whole_private_file_is_the_same_model(public, tmp_path):
     seed = ["--insecure-noise-seed", 3]
     train.main(arguments(public, tmp_path / "lacking", *seed))
     train.main(arguments(public, tmp_path / "whole", "--whole", *seed))
@@ -63,7 +63,7 @@ def test_the_public_model_is_found_by_digest(published, private, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_another_public_model_is_not_taken(published, monkeypatch, capsys):
+def test_another_public_model_is_not_taken(published, monkeypatch):
     model, metadata = load_checkpoint(published / "letters.pt")
     with torch.no_grad():
         next(model.vae.parameters()).flatten()[0] += 1e-6
@@ -109,7 +109,7 @@ def test_half_precision_halves_the_file(public, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7, msg=name)
 
 
-def test_numbers_too_large_for_half_keep_theirs(tmp_path):
+def test_numbers_too_large_for_half_keep_theirs():
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
         model.weight[0, 0] = 1e5
