@@ -1,12 +1,12 @@
-"""How fast is each stage on one thread and on two, alone and beside a busy process?
+"""How fast is each stage on one thread, on two and as chosen, alone and beside a busy process?
 
     python benchmarks/threads.py --presets glyphs mnist cifar10-small
     python benchmarks/threads.py --presets scenes256 --examples 16
 
 Cells are steps on made-up images and latents. Each column is a process of its own. The
 busy process multiplies matrices on one thread. Nothing is pinned: the system moves threads about,
-as it does for users. Batches have at most --examples examples. The size is what
-`runtime/threads.py` goes by.
+as it does for users. Batches have at most --examples examples. `runtime/threads.py` chooses once
+for the three stages of training and once for each other one, as the programs do.
 """
 
 import argparse
@@ -33,9 +33,11 @@ from ldm import LatentDiffusion, images_at_once
 from runtime.checkpoints import build_model
 from runtime.config import Config
 from runtime.engines import clipping_engine
+from runtime.threads import choose, of_training, of_unet
 
 STAGES = ("autoencoder", "public", "private", "sampling", "classifier")
 LATENTS = 2_000
+CORES = torch.get_num_threads()
 BUSY = "import torch; torch.set_num_threads(1); a = torch.ones(500, 500)\nwhile True: a @ a"
 
 
@@ -43,9 +45,12 @@ class TimeUpError(Exception):
     """Ends a loop."""
 
 
-def steps_per_second(config: Config, stage: str, seconds: float) -> float:
-    """Of a stage, on the threads that torch has been given."""
+def steps_per_second(config: Config, stage: str, threads: int, seconds: float) -> float:
+    """Of a stage. threads: 0 for as many as its program chooses."""
     model, times = build_model(config.architecture(10)), []
+    torch.set_num_threads(threads or CORES)
+    if not threads:
+        choose(numbers(config, stage, model), config.device)
 
     def stamp(*details: object) -> None:
         times.append(time.perf_counter())
@@ -58,6 +63,16 @@ def steps_per_second(config: Config, stage: str, seconds: float) -> float:
         run_stage(stage, model, config, stamp)
     handle.remove()
     return (len(times) - 1) / (times[-1] - times[0])
+
+
+def numbers(config: Config, stage: str, model: LatentDiffusion) -> int:
+    """What the program of `stage` tells `choose`."""
+    if stage == "sampling":
+        return of_unet(model, 2 * images_at_once(config.data.image_size))
+    if stage == "classifier":
+        recipe = evaluate.RECIPES["small-cnn"]
+        return recipe.batch * 32 * (config.data.image_size // 2) ** 2
+    return of_training(config)
 
 
 def run_stage(stage: str, model: LatentDiffusion, config: Config, stamp: Callable) -> None:
@@ -112,25 +127,26 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["glyphs", "mnist"])
     parser.add_argument("--seconds", type=float, default=4.0, help="of each cell (default 4)")
     parser.add_argument("--examples", type=int, default=256, help="of a batch (default 256)")
-    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)   # of one column
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)   # one column
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-        print(json.dumps([steps_per_second(settings(preset, args.examples), stage, args.seconds)
+    if args.threads is not None:
+        print(json.dumps([steps_per_second(settings(preset, args.examples), stage, args.threads,
+                                           args.seconds)
                           for preset in args.presets for stage in STAGES]))
         return
     columns = []
     for busy in (0, 1):
-        for threads in (1, 2):
+        for threads in (1, CORES, 0):
             with busy_processes(busy):
                 command = [sys.executable, *sys.argv, "--threads", str(threads)]
-                columns.append(json.loads(subprocess.check_output(command)))
-    print("| preset, stage | steps/s, 1 thread | 2 threads | 1 beside a busy one | 2 beside one |"
-          "\n|---|---|---|---|---|")
+                output = subprocess.check_output(command, text=True)
+                columns.append(json.loads(output.splitlines()[-1]))   # choose() speaks above it
+    print(f"| preset, stage | steps/s, 1 thread | {CORES} threads | chosen "
+          f"| 1 beside a busy one | {CORES} | chosen | ratio |\n|---|---|---|---|---|---|---|---|")
     rows = [f"{preset}, {stage}" for preset in args.presets for stage in STAGES]
-    for row, one, *others in zip(rows, *columns, strict=True):
-        print(f"| {row} | {one:.3g} | "
-              + " | ".join(f"{cell:.3g} ({cell / one:.2f})" for cell in others) + " |")
+    for row, *cells in zip(rows, *columns, strict=True):
+        print(f"| {row} | " + " | ".join(f"{cell:.3g}" for cell in cells)
+              + f" | {cells[2] / cells[5]:.2f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How many threads a program computes on: as many as have enough to do.
+"""How many threads a program computes on: as many as bring something, tried at its start.
 
 Where the operations of a model are small, a second thread brings little. Beside another busy
 process it makes the program several times slower than one thread: at the end of each operation the
@@ -6,27 +6,52 @@ threads wait for the one that the system has not yet let run.
 """
 
 import os
+import statistics
+import time
 
 import torch
+import torch.nn.functional as F
 
 from ldm import LatentDiffusion
 from runtime.config import Config
 from runtime.distributed import log_once
 
-PER_THREAD = 200_000   # numbers: a guess, until benchmarks/threads.py has been run in quiet
+GAIN = 1.3       # twice the threads must bring so much
+ROUNDS = 7       # of each number of threads
+SECONDS = 0.02   # of a round
 
 
 def choose(numbers: int, device: torch.device) -> None:
-    """Compute on one thread for each PER_THREAD `numbers`, on at most all cores; say so once.
+    """Double the threads while that brings GAIN to a convolution; say so once if cores stay free.
 
     numbers: in the first feature map of a batch. OMP_NUM_THREADS is obeyed, if it is set: torchrun
     sets it. On a GPU nothing changes.
     """
-    cores = torch.get_num_threads()
-    threads = max(1, min(cores, numbers // PER_THREAD))
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and threads < cores:
-        torch.set_num_threads(threads)
-        log_once(f"computing on {threads} of {cores} cores: OMP_NUM_THREADS={cores} takes all")
+    if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return
+    cores, threads = torch.get_num_threads(), 1
+    while (more := min(2 * threads, cores)) > threads and gain(numbers, threads, more) >= GAIN:
+        threads = more
+    torch.set_num_threads(threads)
+    if threads < cores:
+        log_once(f"computing on {threads} of {cores} cores, as more bring little now: "
+                 f"OMP_NUM_THREADS={cores} takes all")
+
+
+def gain(numbers: int, few: int, many: int) -> float:
+    """How many times as many convolutions of `numbers` a second as on `few` threads?"""
+    images = torch.ones(max(1, numbers // (32 * 8 * 8)), 32, 8, 8)
+    weight = torch.ones(32, 32, 3, 3)
+    rates: dict[int, list[float]] = {few: [], many: []}
+    for _ in range(ROUNDS):
+        for threads, of_threads in rates.items():
+            torch.set_num_threads(threads)
+            start, count = time.perf_counter(), 0
+            while time.perf_counter() < start + SECONDS:
+                F.conv2d(images, weight, padding=1)
+                count += 1
+            of_threads.append(count / (time.perf_counter() - start))
+    return statistics.median(rates[many]) / statistics.median(rates[few])
 
 
 def of_training(config: Config) -> int:

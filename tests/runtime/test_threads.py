@@ -1,4 +1,4 @@
-"""A small model computes on one thread, a large one on all; OMP_NUM_THREADS is obeyed."""
+"""A program computes on as many threads as bring something; OMP_NUM_THREADS is obeyed."""
 
 import os
 
@@ -15,38 +15,53 @@ from runtime import threads
 from runtime.distributed import log_once
 from tiny import FLAGS, configure, tiny_model
 
-UNIT = threads.PER_THREAD
-
 
 @pytest.fixture
 def chosen(monkeypatch) -> list[int]:
-    """The numbers of threads that torch is told, on a machine of four cores."""
+    """The numbers of threads that torch is told, on a machine of six cores, four of them free."""
     told = []
     log_once.cache_clear()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(threads, "gain",
+                        lambda numbers, few, many: min(numbers, many) / min(numbers, few))
     return told
 
 
-@pytest.mark.parametrize("numbers, expected", [
-    (0, [1]), (2 * UNIT - 1, [1]), (2 * UNIT, [2]), (4 * UNIT, []), (10**12, [])])
-def test_each_thread_has_enough_to_do(chosen, numbers, expected):
-    threads.choose(numbers, torch.device("cpu"))
-    assert chosen == expected
+@pytest.mark.parametrize("useful, expected", [(1, 1), (2, 2), (4, 4), (5, 4), (6, 6)])
+def test_threads_are_doubled_while_that_brings_much(chosen, useful, expected):
+    threads.choose(useful, torch.device("cpu"))
+    assert chosen == [expected]
 
 
 def test_fewer_threads_are_spoken_of_once(chosen, capsys):
     for _ in range(2):
-        threads.choose(UNIT, torch.device("cpu"))
-    assert capsys.readouterr().out == "computing on 1 of 4 cores: OMP_NUM_THREADS=4 takes all\n"
+        threads.choose(2, torch.device("cpu"))
+    assert capsys.readouterr().out == (
+        "computing on 2 of 6 cores, as more bring little now: OMP_NUM_THREADS=6 takes all\n")
+
+
+def test_gain_is_of_medians_over_turns(monkeypatch):
+    """A convolution takes 10 ms on one thread, 5 ms on two; the first of each takes longer."""
+    clock, told = [0.0], []
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+
+    def convolution(images, weight, padding):
+        clock[0] += (0.01 if told[-1] == 1 else 0.005) + (1.0 if len(told) <= 2 else 0.0)
+        assert images.numel() == 3 * 2048
+
+    monkeypatch.setattr(threads.F, "conv2d", convolution)
+    assert threads.gain(3 * 2048, 1, 2) == pytest.approx(2)
+    assert told == [1, 2] * threads.ROUNDS
 
 
 @pytest.mark.parametrize("variable, device", [("4", "cpu"), (None, "cuda")])
 def test_what_was_asked_for_and_gpus_stay(chosen, monkeypatch, capsys, variable, device):
     if variable:
         monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", variable)
-    threads.choose(0, torch.device(device))
+    threads.choose(1, torch.device(device))
     assert not chosen and not capsys.readouterr().out
 
 
