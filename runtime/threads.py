@@ -19,6 +19,7 @@ from runtime.distributed import log_once
 GAIN = 1.3       # twice the threads must bring so much
 ROUNDS = 7       # of each number of threads
 SECONDS = 0.02   # of a round
+MOST = 2**20     # numbers
 
 
 def choose(numbers: int, device: torch.device) -> None:
@@ -39,8 +40,11 @@ def choose(numbers: int, device: torch.device) -> None:
 
 
 def gain(numbers: int, few: int, many: int) -> float:
-    """How many times as many convolutions of `numbers` a second as on `few` threads?"""
-    images = torch.ones(max(1, numbers // (32 * 8 * 8)), 32, 8, 8)
+    """How many times as many convolutions of `numbers` a second as on `few` threads?
+
+    Of at most MOST: a larger one takes longer and tells nothing more.
+    """
+    images = torch.ones(max(1, min(numbers, MOST) // (32 * 8 * 8)), 32, 8, 8)
     weight = torch.ones(32, 32, 3, 3)
     rates: dict[int, list[float]] = {few: [], many: []}
     for _ in range(ROUNDS):

@@ -42,7 +42,9 @@ def test_fewer_threads_are_spoken_of_once(chosen, capsys):
         "computing on 2 of 6 cores, as more bring little now: OMP_NUM_THREADS=6 takes all\n")
 
 
-def test_gain_is_of_medians_over_turns(monkeypatch):
+@pytest.mark.parametrize("numbers, tried", [
+    (3 * 2048, 3 * 2048), (0, 2048), (10**12, threads.MOST)])
+def test_gain_is_of_medians_over_turns(monkeypatch, numbers, tried):
     """A convolution takes 10 ms on one thread, 5 ms on two; the first of each takes longer."""
     clock, told = [0.0], []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
@@ -50,10 +52,10 @@ def test_gain_is_of_medians_over_turns(monkeypatch):
 
     def convolution(images, weight, padding):
         clock[0] += (0.01 if told[-1] == 1 else 0.005) + (1.0 if len(told) <= 2 else 0.0)
-        assert images.numel() == 3 * 2048
+        assert images.numel() == tried
 
     monkeypatch.setattr(threads.F, "conv2d", convolution)
-    assert threads.gain(3 * 2048, 1, 2) == pytest.approx(2)
+    assert threads.gain(numbers, 1, 2) == pytest.approx(2)
     assert told == [1, 2] * threads.ROUNDS
 
 
