@@ -5,8 +5,8 @@
 
 Cells are steps on made-up images and latents. Each column is a process of its own. The
 busy process multiplies matrices on one thread. Nothing is pinned: the system moves threads about,
-as it does for users. Batches have at most --examples examples. `runtime/threads.py` chooses once
-for the three stages of training and once for each other one, as the programs do.
+as it does for users. Batches have at most --examples examples. For the columns "chosen"
+`runtime/threads.py` is told what the programs tell it.
 """
 
 import argparse
