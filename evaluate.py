@@ -602,14 +602,18 @@ def result_cells(result: dict, classifiers: list[str], measures: list[Distance])
     return cells + [f"{result[m.name]:.2f}" for m in measures if m.name in result]
 
 
+def first_feature_map(size: int) -> int:
+    """Its numbers in a batch of the small CNN, whose images are `size` wide: for threads.choose."""
+    return RECIPES["small-cnn"].batch * 32 * (size // 2) ** 2
+
+
 def main(argv: list[str] | None = None, inception: NetworkFile = INCEPTION) -> None:
     args = parse_args(argv)
     sources, real, test = load_images(args)
     for name in args.classifiers:   # complains now rather than after hours
         make_classifier(name, test.images.shape[3], test.images.shape[1], len(test.classes),
                         args.wrn)
-    first = RECIPES["small-cnn"].batch * 32 * (test.images.shape[1] // 2) ** 2   # feature map
-    threads.choose(first, args.device)
+    threads.choose(first_feature_map(test.images.shape[1]), args.device)
     measures = distances(args, real, test, inception)
     report = new_report(args, argv, len(test.labels))
     print(f"accuracy on {len(test.labels):,} real test images: mean and spread of {args.seeds} "

@@ -41,7 +41,7 @@ def draw_samples(model: LatentDiffusion, conditions: np.ndarray,
                  args: argparse.Namespace) -> np.ndarray:
     """Images uint8 [N, H, W, C] of the classes int [N], or captions int [N, L], `conditions`.
 
-    They are the same for the same seed and machine.
+    They are the same for the same seed, machine and number of threads.
     """
     model = model.to(args.device)
     batch = 2 * images_at_once(model.vae.resolution)   # decoding splits them again

@@ -33,11 +33,10 @@ from ldm import LatentDiffusion, images_at_once
 from runtime.checkpoints import build_model
 from runtime.config import Config
 from runtime.engines import clipping_engine
-from runtime.threads import choose, of_training, of_unet
+from runtime.threads import CORES, choose, of_training, of_unet
 
 STAGES = ("autoencoder", "public", "private", "sampling", "classifier")
 LATENTS = 2_000
-CORES = torch.get_num_threads()
 BUSY = "import torch; torch.set_num_threads(1); a = torch.ones(500, 500)\nwhile True: a @ a"
 
 
@@ -48,8 +47,9 @@ class TimeUpError(Exception):
 def steps_per_second(config: Config, stage: str, threads: int, seconds: float) -> float:
     """Of a stage. threads: 0 for as many as its program chooses."""
     model, times = build_model(config.architecture(10)), []
-    torch.set_num_threads(threads or CORES)
-    if not threads:
+    if threads:
+        torch.set_num_threads(threads)
+    else:
         choose(numbers(config, stage, model), config.device)
 
     def stamp(*details: object) -> None:
@@ -70,8 +70,7 @@ def numbers(config: Config, stage: str, model: LatentDiffusion) -> int:
     if stage == "sampling":
         return of_unet(model, 2 * images_at_once(config.data.image_size))
     if stage == "classifier":
-        recipe = evaluate.RECIPES["small-cnn"]
-        return recipe.batch * 32 * (config.data.image_size // 2) ** 2
+        return evaluate.first_feature_map(config.data.image_size)
     return of_training(config)
 
 

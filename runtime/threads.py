@@ -5,6 +5,7 @@ process it makes the program several times slower than one thread: at the end of
 threads wait for the one that the system has not yet let run.
 """
 
+import functools
 import os
 import statistics
 import time
@@ -16,6 +17,7 @@ from ldm import LatentDiffusion
 from runtime.config import Config
 from runtime.distributed import log_once
 
+CORES = torch.get_num_threads()   # before any choice
 GAIN = 1.3       # twice the threads must bring so much
 ROUNDS = 7       # of each number of threads
 SECONDS = 0.02   # of a round
@@ -30,15 +32,16 @@ def choose(numbers: int, device: torch.device) -> None:
     """
     if device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
-    cores, threads = torch.get_num_threads(), 1
-    while (more := min(2 * threads, cores)) > threads and gain(numbers, threads, more) >= GAIN:
+    threads = 1
+    while (more := min(2 * threads, CORES)) > threads and gain(numbers, threads, more) >= GAIN:
         threads = more
     torch.set_num_threads(threads)
-    if threads < cores:
-        log_once(f"computing on {threads} of {cores} cores, as more bring little now: "
-                 f"OMP_NUM_THREADS={cores} takes all")
+    if threads < CORES:
+        log_once(f"computing on {threads} of {CORES} cores, as more bring little now: "
+                 f"OMP_NUM_THREADS={CORES} takes all")
 
 
+@functools.cache   # a program may choose for several models of one size
 def gain(numbers: int, few: int, many: int) -> float:
     """How many times as many convolutions of `numbers` a second as on `few` threads?
 

@@ -22,7 +22,7 @@ def chosen(monkeypatch) -> list[int]:
     told = []
     log_once.cache_clear()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(threads, "CORES", 6)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(threads, "gain",
                         lambda numbers, few, many: min(numbers, many) / min(numbers, few))
@@ -33,6 +33,13 @@ def chosen(monkeypatch) -> list[int]:
 def test_threads_are_doubled_while_that_brings_much(chosen, useful, expected):
     threads.choose(useful, torch.device("cpu"))
     assert chosen == [expected]
+
+
+def test_a_later_choice_still_knows_of_all_cores(chosen, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1])
+    for useful in (1, 6):
+        threads.choose(useful, torch.device("cpu"))
+    assert chosen == [1, 6]
 
 
 def test_fewer_threads_are_spoken_of_once(chosen, capsys):
@@ -55,7 +62,7 @@ def test_gain_is_of_medians_over_turns(monkeypatch, numbers, tried):
         assert images.numel() == tried
 
     monkeypatch.setattr(threads.F, "conv2d", convolution)
-    assert threads.gain(numbers, 1, 2) == pytest.approx(2)
+    assert threads.gain.__wrapped__(numbers, 1, 2) == pytest.approx(2)
     assert told == [1, 2] * threads.ROUNDS
 
 
